@@ -1,0 +1,154 @@
+"""Files and directories that are complete or absent: write aside, fsync, rename, manifest last."""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from lit_sft import __version__
+from lit_sft.errors import InputError
+from lit_sft.layout import MANIFEST
+
+FORMAT_VERSION = 1
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or a directory entry to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Give ``path`` this content, or leave what was there: temporary file beside it, fsync, rename."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        fsync(temporary)
+        temporary.rename(path)
+        fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replaceable(directory: Path, kind: str) -> bool:
+    """Whether ``directory`` may be written: absent, empty, or an earlier result of the same kind."""
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return True
+    try:
+        return Manifest.read(directory).kind == kind
+    except InputError:
+        return False
+
+
+@contextmanager
+def publish_directory(final: Path, kind: str) -> Iterator[Path]:
+    """Yield an empty directory that becomes ``final`` when the block ends well, and vanishes when it does not.
+
+    An earlier result of the same ``kind`` is replaced; anything else in the way raises InputError beforehand.
+    """
+    if not replaceable(final, kind):
+        raise InputError(f"{final} exists and is not a {kind} directory of lit_sft; remove it or name another")
+    temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in (*sorted(temporary.rglob("*")), temporary):
+            fsync(path)
+        old = final.with_name(f".dead-{final.name}-{os.getpid()}")
+        if final.exists():
+            final.rename(old)
+        temporary.rename(final)
+        fsync(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(parent: Path) -> None:
+    """Remove what killed writers left in ``parent``; call it only while holding the lock of that directory."""
+    for leftover in (*parent.glob(".tmp-*"), *parent.glob(".dead-*")):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+@contextmanager
+def lock(directory: Path) -> Iterator[None]:
+    """Hold ``directory`` for this process; InputError names the holder. The lock dies with its process."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(f"{directory} is in use by process {file.read().strip()}; wait, or name another") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def command_line() -> str:
+    """The command as typed, with the value of ``--access_token`` left out: secrets never reach a file."""
+    return re.sub(r"(--access_token[= ])\S+", r"\1***", " ".join(sys.argv))
+
+
+@dataclass
+class Manifest:
+    """What a directory is and holds: written last, checked by the next command."""
+
+    kind: str
+    facts: dict
+    files: dict[str, dict] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    lit_sft_version: str = __version__
+    command: str = field(default_factory=lambda: command_line())
+
+    def write(self, directory: Path, names: Iterable[str], hashes: dict[str, str] | None = None) -> None:
+        """Record the files ``names`` of ``directory`` (size, sha256; ``hashes`` holds those already known), then itself."""
+        for name in sorted(names):
+            digest = (hashes or {}).get(name) or sha256_of(directory / name)
+            self.files[name] = {"bytes": (directory / name).stat().st_size, "sha256": digest}
+        write_atomically(directory / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, directory: Path, kind: str | None = None) -> "Manifest":
+        """The manifest of ``directory``; InputError when absent, unreadable, newer than this program, or of another kind."""
+        path = directory / MANIFEST
+        try:
+            manifest = cls(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing: the directory is incomplete; write it again") from None
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path} is not a manifest of this lit_sft ({error}); write the directory again") from None
+        if manifest.format_version > FORMAT_VERSION:
+            raise InputError(f"{path} has format {manifest.format_version}, newer than {FORMAT_VERSION}; update lit_sft")
+        if kind is not None and manifest.kind != kind:
+            raise InputError(f"{directory} is a {manifest.kind} directory, not a {kind} directory")
+        return manifest
+
+    def check_files(self, directory: Path, content: bool = True) -> None:
+        """Require every recorded file, with its size and (``content``) its sha256; InputError names the first that differs."""
+        for name, fact in self.files.items():
+            path = directory / name
+            if not path.is_file():
+                raise InputError(f"{path} is missing; write {directory} again")
+            if path.stat().st_size != fact["bytes"]:
+                raise InputError(f"{path} has {path.stat().st_size} bytes, not {fact['bytes']}: damaged; write it again")
+            if content and sha256_of(path) != fact["sha256"]:
+                raise InputError(f"{path} differs from its recorded sha256: damaged; write {directory} again")

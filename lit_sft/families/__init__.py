@@ -1,0 +1,22 @@
+"""All that is particular to one architecture: how its config.json reads and what its weights are called."""
+
+from lit_sft.errors import InputError
+from lit_sft.families import llama
+from lit_sft.families.family import Family
+
+FAMILIES = (llama.FAMILY,)
+
+
+def find_family(hf_config: dict) -> Family:
+    """The family of a Hub config.json, by its architecture and never by a folder's name; InputError when unknown."""
+    architectures = hf_config.get("architectures") or []
+    for family in FAMILIES:
+        if any(name in family.architectures for name in architectures):
+            return family
+        if not architectures and hf_config.get("model_type") in family.model_types:
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.architectures)
+    raise InputError(
+        f"config.json: architectures {architectures}, model_type {hf_config.get('model_type')!r} is no known family "
+        f"(known: {known})"
+    )

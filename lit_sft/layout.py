@@ -1,0 +1,86 @@
+"""Every name on disk, and the checks that a directory is what a command needs."""
+
+from pathlib import Path
+
+from lit_sft.errors import InputError
+
+CHECKPOINTS = Path("checkpoints")
+MANIFEST = "manifest.json"
+
+# checkpoint_dir
+HF_CONFIG = "config.json"
+MODEL_CONFIG = "model_config.json"
+MODEL_WEIGHTS = "lit_model.safetensors"
+MODEL_INDEX = "lit_model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
+# out_dir
+RUN_ARGUMENTS = "run.yaml"
+METRICS = "metrics.jsonl"
+DONE = "DONE"
+ADAPTER_DIR = "adapter"
+ADAPTER_WEIGHTS = "adapter.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+MODEL_DIR = "model"
+STATES_DIR = "checkpoints"
+
+
+def state_name(step: int) -> str:
+    """The name of the folder under ``checkpoints/`` that holds the run's state after optimizer step ``step``."""
+    return f"step-{step:08d}"
+
+
+def shard_name(split: str, index: int) -> str:
+    """The name of shard ``index`` of ``split`` (train or val) in a data_dir."""
+    return f"{split}-{index:05d}.pt"
+
+
+def resolve_checkpoint_dir(path: str | Path) -> Path:
+    """The directory meant by ``path``, with or without ``checkpoints/`` in front; InputError lists what exists."""
+    for candidate in (Path(path), CHECKPOINTS / path):
+        if candidate.is_dir():
+            return candidate
+    present = sorted({str(p.parent) for p in CHECKPOINTS.glob(f"*/*/{HF_CONFIG}")})
+    raise InputError(
+        f"no checkpoint directory {str(path)!r}, nor {str(CHECKPOINTS / path)!r} "
+        f"(found: {', '.join(present) or 'none'}); download one with scripts/download.py --repo_id ORG/MODEL"
+    )
+
+
+def check_checkpoint_dir(path: str | Path) -> Path:
+    """Resolve ``path`` and require that it holds a converted checkpoint."""
+    directory = resolve_checkpoint_dir(path)
+    missing = [name for name in (MODEL_CONFIG, MANIFEST) if not (directory / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{directory} is not a converted checkpoint: {' and '.join(missing)} missing; "
+            f"run: python scripts/convert_hf_checkpoint.py --checkpoint_dir {directory}"
+        )
+    return directory
+
+
+def only_checkpoint_dir() -> Path:
+    """The one converted checkpoint below ``checkpoints/``; InputError, listing them, when none or several exist."""
+    found = sorted(p.parent for p in CHECKPOINTS.glob(f"*/*/{MODEL_CONFIG}"))
+    if len(found) == 1:
+        return found[0]
+    what = "several converted checkpoints exist: " + ", ".join(map(str, found)) if found else "no converted checkpoint"
+    raise InputError(f"{what} below {CHECKPOINTS}/; name one with --checkpoint_dir")
+
+
+def check_data_dir(path: str | Path) -> Path:
+    """Require that ``path`` is a directory a prepare script finished writing."""
+    directory = Path(path)
+    if not directory.is_dir():
+        raise InputError(f"no data directory {str(path)!r}; make it with a scripts/prepare_*.py")
+    if not (directory / MANIFEST).is_file():
+        raise InputError(f"{directory} is not prepared: {MANIFEST} missing; run a scripts/prepare_*.py on your data")
+    return directory
