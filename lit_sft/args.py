@@ -60,7 +60,9 @@ class PrepareArgs(Args):
 
     checkpoint_dir: str | None = arg(None, CHECKPOINT_DIR_HELP + " (default: the only one there is)")
     destination_path: str | None = arg(None, "folder to write the shards to (default: data/<name>)")
-    data_file: str | None = arg(None, "local file to read: .json, .jsonl, .csv, .tsv or .parquet", "csv_path", "csv_dir")
+    data_file: str | None = arg(
+        None, "local file to read: .json, .jsonl, .csv, .tsv or .parquet", "csv_path", "csv_dir"
+    )
     max_seq_length: int | None = arg(None, "longest example kept, in tokens (default: the model's context)")
     val_split_fraction: float = arg(0.1, "share of the samples held out for validation", "test_split_fraction")
     seed: int = arg(42, "seed of the train/val split")
@@ -120,7 +122,9 @@ class TrainArgs(Args):
     data_dir: str = arg("data/alpaca", "folder a prepare script wrote")
     checkpoint_dir: str | None = arg(None, CHECKPOINT_DIR_HELP + " (default: the one the shards were made for)")
     out_dir: str = arg("out/run", "folder of this run: arguments, checkpoints, metrics, result")
-    resume: str = arg("auto", "auto: go on when out_dir holds an unfinished run; never: refuse; a path: from that state")
+    resume: str = arg(
+        "auto", "auto: go on when out_dir holds an unfinished run; never: refuse; a path: from that state"
+    )
     seed: int = arg(1337, "seed of the order of examples, of the adapter's start and of dropout")
     device: Literal["auto", "cpu", "cuda", "mps"] = arg("auto", "where to run")
     devices: int = arg(1, "number of devices; one process each")
@@ -130,15 +134,17 @@ class TrainArgs(Args):
     epochs: int | None = arg(3, "full passes over the data; the first limit reached ends the run")
     max_steps: int | None = arg(None, "most optimizer steps")
     max_iters: int | None = arg(None, "Lit-GPT's limit: this many times micro_batch_size examples, up to whole steps")
-    max_time: float | None = arg(None, "stop, after saving, when this many minutes have passed; the schedule stays")
-    global_batch_size: int | None = arg(None, "examples per optimizer step, over all devices (default: 64, at most n/4)")
+    max_time: float | None = arg(None, "stop, after saving, when this many seconds have passed; the schedule stays")
+    global_batch_size: int | None = arg(
+        None, "examples per optimizer step, over all devices (default: 64, at most n/4)"
+    )
     micro_batch_size: int = arg(1, "most examples in a packed row, if above 1; otherwise only the unit of max_iters")
     micro_batch_tokens: int | None = arg(None, "longest packed row, in tokens (default: 8192 or the longest example)")
     max_seq_length: int | None = arg(None, "cut examples again, below the shards' length", "override_max_seq_length")
     learning_rate: float = arg(2e-4, "highest learning rate")
     lr_schedule: Literal["cosine", "linear", "constant"] = arg("cosine", "shape of the learning rate after warmup")
     min_lr: float = arg(0.0, "learning rate at the end of the schedule")
-    lr_warmup_steps: int = arg(10, "optimizer steps of linear warmup, at most a tenth of the run")
+    lr_warmup_steps: int = arg(100, "optimizer steps of linear warmup, at most a tenth of the run")
     weight_decay: float = arg(0.01, "AdamW's weight decay")
     max_norm: float | None = arg(1.0, "gradients are clipped to this norm; null: never")
     eval_interval: int = arg(50, "optimizer steps between validations; the last step always validates")
@@ -147,7 +153,15 @@ class TrainArgs(Args):
     sample_prompt: str | None = arg(None, "instruction answered at each validation (default: the first val example's)")
 
     def checks(self) -> dict[str, bool]:  # noqa: D102
-        positive = ("epochs", "max_steps", "max_iters", "max_time", "global_batch_size", "micro_batch_tokens", "devices")
+        positive = (
+            "epochs",
+            "max_steps",
+            "max_iters",
+            "max_time",
+            "global_batch_size",
+            "micro_batch_tokens",
+            "devices",
+        )
         positive += ("micro_batch_size", "learning_rate", "max_norm", "eval_interval", "save_interval", "keep_last")
         wrong = {name: value for name in positive if (value := getattr(self, name)) is not None and not value > 0}
         limits = (self.epochs, self.max_steps, self.max_iters)
@@ -220,7 +234,9 @@ class GenerateArgs(Args):
     top_p: float = arg(1.0, "choose among the likeliest tokens that together have this probability")
     seed: int = arg(1234, "seed of the sampling")
     device: Literal["auto", "cpu", "cuda", "mps"] = arg("auto", "where to run")
-    precision: Literal["32-true", "bf16-true", "16-true"] | None = arg(None, "default: as stored on CUDA, 32-true elsewhere")
+    precision: Literal["32-true", "bf16-true", "16-true"] | None = arg(
+        None, "default: as stored on CUDA, 32-true elsewhere"
+    )
 
     def checks(self) -> dict[str, bool]:  # noqa: D102
         return super().checks() | {

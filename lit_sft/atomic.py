@@ -48,7 +48,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def replaceable(directory: Path, kind: str) -> bool:
     """Whether ``directory`` may be written: absent, empty, or an earlier result of the same kind."""
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+    if not directory.is_dir():
+        return not directory.exists()
+    if not any(directory.iterdir()):
         return True
     try:
         return Manifest.read(directory).kind == kind
@@ -62,11 +64,12 @@ def publish_directory(final: Path, kind: str) -> Iterator[Path]:
 
     An earlier result of the same ``kind`` is replaced; anything else in the way raises InputError beforehand.
     """
+    final = final.resolve()
     if not replaceable(final, kind):
         raise InputError(f"{final} exists and is not a {kind} directory of lit_sft; remove it or name another")
     temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir()
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our number
+    temporary.mkdir(parents=True)
     try:
         yield temporary
         for path in (*sorted(temporary.rglob("*")), temporary):
@@ -137,7 +140,9 @@ class Manifest:
         except (ValueError, TypeError) as error:
             raise InputError(f"{path} is not a manifest of this lit_sft ({error}); write the directory again") from None
         if manifest.format_version > FORMAT_VERSION:
-            raise InputError(f"{path} has format {manifest.format_version}, newer than {FORMAT_VERSION}; update lit_sft")
+            raise InputError(
+                f"{path} has format {manifest.format_version}, newer than {FORMAT_VERSION}; update lit_sft"
+            )
         if kind is not None and manifest.kind != kind:
             raise InputError(f"{directory} is a {manifest.kind} directory, not a {kind} directory")
         return manifest
@@ -149,6 +154,8 @@ class Manifest:
             if not path.is_file():
                 raise InputError(f"{path} is missing; write {directory} again")
             if path.stat().st_size != fact["bytes"]:
-                raise InputError(f"{path} has {path.stat().st_size} bytes, not {fact['bytes']}: damaged; write it again")
+                raise InputError(
+                    f"{path} has {path.stat().st_size} bytes, not {fact['bytes']}: damaged; write it again"
+                )
             if content and sha256_of(path) != fact["sha256"]:
                 raise InputError(f"{path} differs from its recorded sha256: damaged; write {directory} again")

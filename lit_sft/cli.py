@@ -12,7 +12,7 @@ from typing import get_type_hints
 import jsonargparse
 
 from lit_sft import __version__
-from lit_sft.errors import InputError, Interrupted
+from lit_sft.errors import InputError, Interrupted, RunFailed
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -55,6 +55,8 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
     except Interrupted as end:
         print(end, file=sys.stderr)
         code = end.exit_code
+    except RunFailed as error:
+        code = _complain(error, argv, 1)
     except Exception as error:
         code = _complain(error, argv, 1, f"unexpected {type(error).__name__}: {error}; --debug true shows where")
     sys.exit(code)
@@ -85,7 +87,11 @@ def main() -> None:
     elif name in (known := commands()):
         run(import_module(known[name]).main, sys.argv[2:], prog=f"lit-sft {name}")
     else:
-        print("usage: lit-sft COMMAND [FLAGS]\n\ncommands: " + ", ".join(known) + "\nlit-sft COMMAND --help lists its flags")
+        print(
+            "usage: lit-sft COMMAND [FLAGS]\n\ncommands: "
+            + ", ".join(known)
+            + "\nlit-sft COMMAND --help lists its flags"
+        )
         if name not in ("__help", "_h", "help"):
             print(f"error: unknown command {sys.argv[1]!r}; the commands are listed above", file=sys.stderr)
             sys.exit(2)

@@ -1,4 +1,4 @@
-"""The two ways in which a command ends early on purpose."""
+"""The ways in which a command ends early on purpose."""
 
 
 class InputError(Exception):
@@ -14,3 +14,7 @@ class Interrupted(Exception):  # noqa: N818 (it is no error: the work was saved)
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class RunFailed(Exception):  # noqa: N818 (it reads as a sentence)
+    """The run cannot go on, through no fault of the input: the message says what was saved; exit code 1."""

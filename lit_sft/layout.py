@@ -30,6 +30,7 @@ ADAPTER_DIR = "adapter"
 ADAPTER_WEIGHTS = "adapter.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_DIR = "model"
+TRAINED_WEIGHTS = "model.safetensors"
 STATES_DIR = "checkpoints"
 
 

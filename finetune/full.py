@@ -1,0 +1,58 @@
+"""Fine-tune every weight of a model; it differs from lora.py in what is trained and in what is saved."""
+
+from pathlib import Path
+
+from lit_sft.args import FullTrainArgs
+from lit_sft.cli import run
+
+
+def main(args: FullTrainArgs) -> None:
+    """Train all weights on ``args.data_dir`` and save the model, a checkpoint_dir, to ``args.out_dir``/model."""
+    from lit_sft.tokenizer import Tokenizer
+
+    from lit_sft import checkpoint, layout, optim, runtime
+    from lit_sft.batches import TrainSteps, ValRows
+    from lit_sft.generate import sampler
+    from lit_sft.loop import fit
+    from lit_sft.run import check_shards, finish, open_run, resolve_args, saver
+    from lit_sft.shards import Shards
+
+    fabric = runtime.launch(args)
+
+    # which examples make each step
+    train = Shards(args.data_dir, "train", args.max_seq_length)
+    val = Shards(args.data_dir, "val", args.max_seq_length)
+    checkpoint_dir = layout.check_checkpoint_dir(args.checkpoint_dir or train.manifest.facts["checkpoint_dir"])
+    tokenizer = Tokenizer(checkpoint_dir)
+    check_shards(train, tokenizer, checkpoint_dir)
+    train_steps = TrainSteps(train, args, fabric.world_size, fabric.global_rank)
+    val_batches = ValRows(val, train_steps.row_tokens, fabric.world_size, fabric.global_rank)
+    args = resolve_args(args, checkpoint_dir, runtime.precision(fabric), train_steps)
+
+    with open_run(args, train, fabric) as state:
+        # the model, all of it trained; 16-bit weights get fp32 masters
+        model = checkpoint.load_model(checkpoint_dir, dtype=runtime.base_dtype(fabric), device=fabric.device)
+        trained = optim.master_parameters(model)
+        optimizer = optim.build_optimizer(model, trained, args)
+        done = 0
+        if state:
+            done = checkpoint.load_state(state, layout.TRAINED_WEIGHTS, trained, optimizer)
+            optim.publish(trained, model)
+
+        # the loop
+        style = train.manifest.facts["prompt_style"]
+        save = saver(fabric, args, layout.TRAINED_WEIGHTS, trained, optimizer, {})
+        sample = sampler(model, tokenizer, style, args.sample_prompt, val if len(val) else train, fabric.autocast)
+        lr_at = optim.lr_schedule(args, train_steps.max_steps)
+        optimizer = fabric.setup_optimizers(optimizer)
+        last = fit(fabric, model, optimizer, lr_at, train_steps, val_batches, args, save, sample, done=done)
+
+        # the result
+        if fabric.is_global_zero:
+            model_dir = Path(args.out_dir) / layout.MODEL_DIR
+            checkpoint.save_model(model_dir, model, checkpoint_dir, {"prompt_style": style})
+            finish(args, last, model_dir)
+
+
+if __name__ == "__main__":
+    run(main)

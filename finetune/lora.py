@@ -1,0 +1,63 @@
+"""Fine-tune a model with LoRA: the base stays frozen, small matrices beside its linear layers learn.
+
+Read main from top to bottom: arguments, fabric, data, model, adapter, optimizer, loop, save. An interrupted run goes
+on with the same command.
+"""
+
+from pathlib import Path
+
+from lit_sft.args import LoRATrainArgs
+from lit_sft.cli import run
+
+
+def main(args: LoRATrainArgs) -> None:
+    """Train an adapter on ``args.data_dir`` and save it to ``args.out_dir``/adapter."""
+    from lit_sft.tokenizer import Tokenizer
+
+    from lit_sft import checkpoint, layout, optim, runtime
+    from lit_sft.batches import TrainSteps, ValRows
+    from lit_sft.generate import sampler
+    from lit_sft.loop import fit
+    from lit_sft.lora import apply_lora
+    from lit_sft.run import check_shards, finish, open_run, resolve_args, saver
+    from lit_sft.shards import Shards
+
+    fabric = runtime.launch(args)
+
+    # which examples make each step
+    train = Shards(args.data_dir, "train", args.max_seq_length)
+    val = Shards(args.data_dir, "val", args.max_seq_length)
+    checkpoint_dir = layout.check_checkpoint_dir(args.checkpoint_dir or train.manifest.facts["checkpoint_dir"])
+    tokenizer = Tokenizer(checkpoint_dir)
+    check_shards(train, tokenizer, checkpoint_dir)
+    train_steps = TrainSteps(train, args, fabric.world_size, fabric.global_rank)
+    val_batches = ValRows(val, train_steps.row_tokens, fabric.world_size, fabric.global_rank)
+    args = resolve_args(args, checkpoint_dir, runtime.precision(fabric), train_steps)
+
+    with open_run(args, train, fabric) as state:
+        # the frozen base and the adapter that is trained beside it
+        model = checkpoint.load_model(checkpoint_dir, dtype=runtime.base_dtype(fabric), device=fabric.device)
+        dropout = apply_lora(model, args, args.seed)
+        trained = optim.master_parameters(model)
+        optimizer = optim.build_optimizer(model, trained, args)
+        done = checkpoint.load_state(state, layout.ADAPTER_WEIGHTS, trained, optimizer) if state else 0
+
+        # the loop
+        style = train.manifest.facts["prompt_style"]
+        facts = checkpoint.adapter_facts(checkpoint_dir, style, tokenizer.stop_ids)
+        config = {layout.ADAPTER_CONFIG: checkpoint.adapter_json(args, facts)}
+        save = saver(fabric, args, layout.ADAPTER_WEIGHTS, trained, optimizer, config)
+        sample = sampler(model, tokenizer, style, args.sample_prompt, val if len(val) else train, fabric.autocast)
+        lr_at = optim.lr_schedule(args, train_steps.max_steps)
+        optimizer = fabric.setup_optimizers(optimizer)
+        last = fit(fabric, model, optimizer, lr_at, train_steps, val_batches, args, save, sample, dropout, done)
+
+        # the result
+        if fabric.is_global_zero:
+            adapter_dir = Path(args.out_dir) / layout.ADAPTER_DIR
+            checkpoint.save_adapter(adapter_dir, model, args, facts)
+            finish(args, last, adapter_dir)
+
+
+if __name__ == "__main__":
+    run(main)

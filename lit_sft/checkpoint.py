@@ -1,0 +1,237 @@
+"""Files ↔ tensors: base models, adapters, and the state a run resumes from."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lit_sft.args import LoRAArgs
+from lit_sft.atomic import Manifest, publish_directory, write_atomically
+from lit_sft.config import ModelConfig
+from lit_sft.convert import KIND as CHECKPOINT
+from lit_sft.convert import Weight, read_json, write_checkpoint, write_safetensors
+from lit_sft.errors import InputError
+from lit_sft.layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_DIR,
+    ADAPTER_WEIGHTS,
+    HF_CONFIG,
+    MANIFEST,
+    STATES_DIR,
+    TOKENIZER_FILES,
+    check_checkpoint_dir,
+    state_name,
+)
+from lit_sft.lora import apply_lora, lora_state_dict
+from lit_sft.model import GPT
+
+ADAPTER = "adapter"
+STATE = "state"
+OPTIMIZER_WEIGHTS = "optimizer.safetensors"
+STATE_FACTS = "state.json"
+
+
+def load_model(
+    checkpoint_dir: str | Path,
+    adapter_dir: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> GPT:
+    """A converted model in eval mode, with an adapter beside its weights when ``adapter_dir`` is given.
+
+    Args:
+        checkpoint_dir: with or without ``checkpoints/`` in front.
+        adapter_dir: an ``adapter/`` folder, the folder of a LoRA run, or one of its saved states.
+        dtype: of the base weights; None: as stored.
+        device: where the weights go, tensor by tensor.
+
+    Raises InputError when the directories do not hold exactly this model and an adapter made for it.
+    """
+    directory = check_checkpoint_dir(checkpoint_dir)
+    manifest = Manifest.read(directory, CHECKPOINT)
+    manifest.check_files(directory, content=False)
+    with torch.device("meta"):
+        model = GPT(ModelConfig.from_dir(directory))
+    weights = {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in _stored_weights(directory, manifest)}
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    expected_missing = ["lm_head.weight"] if model.config.tie_embeddings else []
+    if missing != expected_missing or unexpected:
+        raise InputError(f"{directory} does not hold its own model: {(missing or unexpected)[0]}; convert it again")
+    model.tie_weights()
+    if adapter_dir is not None:
+        load_adapter(model, adapter_dir, directory)
+    return model.eval()
+
+
+def _stored_weights(directory: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
+    for name in sorted(name for name in manifest.files if name.endswith(".safetensors")):
+        with safe_open(directory / name, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                yield key, file.get_tensor(key)
+
+
+def base_fingerprint(checkpoint_dir: Path) -> str:
+    """What tells one base model from another: the sha256 values of its weight files, from its manifest."""
+    files = Manifest.read(checkpoint_dir, CHECKPOINT).files
+    return "+".join(fact["sha256"] for name, fact in sorted(files.items()) if name.endswith(".safetensors"))
+
+
+def save_adapter(directory: Path, model: GPT, lora: LoRAArgs, facts: dict) -> None:
+    """Write adapter.safetensors, its config and manifest to ``directory``, which is complete or absent.
+
+    ``facts`` is what generating and merging need beside the tensors: base, prompt style, stop ids.
+    """
+    with publish_directory(directory, ADAPTER) as folder:
+        _write_tensors(folder / ADAPTER_WEIGHTS, lora_state_dict(model))
+        write_atomically(folder / ADAPTER_CONFIG, adapter_json(lora, facts))
+        Manifest(ADAPTER, {}).write(folder, [ADAPTER_WEIGHTS, ADAPTER_CONFIG])
+
+
+def adapter_facts(checkpoint_dir: Path, prompt_style: str, stop_ids: Iterable[int]) -> dict:
+    """What generating and merging read beside LoRA's own arguments."""
+    return {
+        "checkpoint_dir": str(checkpoint_dir),
+        "base_fingerprint": base_fingerprint(checkpoint_dir),
+        "prompt_style": prompt_style,
+        "stop_ids": sorted(stop_ids),
+    }
+
+
+def adapter_json(lora: LoRAArgs, facts: dict) -> str:
+    """The text of adapter_config.json."""
+    kept = {name: value for name, value in asdict(lora).items() if name.startswith("lora_")}
+    return json.dumps(kept | facts, indent=2) + "\n"
+
+
+def resolve_adapter_dir(path: str | Path) -> Path:
+    """The folder that holds the adapter: ``path`` itself, or ``adapter/`` inside the folder of a run."""
+    for folder in (Path(path), Path(path) / ADAPTER_DIR):
+        if (folder / ADAPTER_CONFIG).is_file() and (folder / MANIFEST).is_file():
+            return folder
+    raise InputError(f"no adapter at {str(path)!r}: neither it nor its {ADAPTER_DIR}/ holds {ADAPTER_CONFIG}")
+
+
+def read_adapter_config(path: str | Path) -> dict:
+    """The contents of adapter_config.json: LoRA's arguments and the facts saved beside them."""
+    return read_json(resolve_adapter_dir(path) / ADAPTER_CONFIG)
+
+
+def load_adapter(model: GPT, adapter_dir: str | Path, checkpoint_dir: Path) -> None:
+    """Put a saved adapter on ``model``, in place; InputError when it was trained on another base or does not fit."""
+    folder = resolve_adapter_dir(adapter_dir)
+    Manifest.read(folder).check_files(folder)
+    config = read_adapter_config(folder)
+    if config["base_fingerprint"] != base_fingerprint(checkpoint_dir):
+        raise InputError(
+            f"{folder} was trained on {config['checkpoint_dir']}, whose weights differ from those of {checkpoint_dir}"
+        )
+    apply_lora(model, LoRAArgs(**{k: v for k, v in config.items() if k.startswith("lora_")}), seed=0)
+    copy_tensors(lora_state_dict(model), folder / ADAPTER_WEIGHTS)
+
+
+def copy_tensors(targets: dict[str, Tensor], path: Path) -> None:
+    """Fill ``targets`` in place from a safetensors file that must hold exactly them; InputError names the difference."""
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        if different := sorted(set(file.keys()) ^ set(targets)):
+            raise InputError(f"{path} does not fit the model: {different[0]} is in one only ({len(different)} in all)")
+        for name, target in targets.items():
+            stored = file.get_tensor(name)
+            if stored.shape != target.shape:
+                raise InputError(f"{path}: {name} has shape {tuple(stored.shape)}, not {tuple(target.shape)}")
+            target.copy_(stored)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    detached = {name: t.detach().cpu() for name, t in tensors.items()}
+    write_safetensors(path, [Weight(n, tuple(t.shape), t.dtype, lambda t=t: t) for n, t in detached.items()])
+
+
+def save_model(directory: Path, model: GPT, source_dir: Path, facts: dict) -> None:
+    """Write ``model`` as a new checkpoint_dir, with the tokenizer and config files of ``source_dir``."""
+    names = [name for name in TOKENIZER_FILES if (source_dir / name).is_file()]
+    hf_config = read_json(source_dir / HF_CONFIG) | {"tie_word_embeddings": model.config.tie_embeddings}
+    state = model.state_dict()
+    if model.config.tie_embeddings:
+        del state["lm_head.weight"]
+    with publish_directory(directory, CHECKPOINT) as folder:
+        for name in names:
+            write_atomically(folder / name, (source_dir / name).read_bytes())
+        write_atomically(folder / HF_CONFIG, json.dumps(hf_config, indent=2) + "\n")
+        weights = [Weight(n, tuple(t.shape), t.dtype, lambda t=t: t.detach().cpu()) for n, t in state.items()]
+        write_checkpoint(folder, model.config, weights, facts)
+
+
+def save_state(
+    out_dir: Path,
+    step: int,
+    weights_name: str,
+    trained: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    extra: dict[str, str],
+) -> Path:
+    """Write all that a run needs to go on after ``step``: what is trained, the optimizer's slots, the position.
+
+    Args:
+        out_dir: the run; the state becomes ``checkpoints/step-…`` in it.
+        step: optimizer steps done. With the run's arguments and data it gives the rest: order of examples, learning
+            rate and dropout masks are functions of it, and nothing in a step draws from a global generator.
+        weights_name: the file of what is trained, ``adapter.safetensors`` or ``model.safetensors``.
+        trained: name → parameter the optimizer updates (fp32).
+        optimizer: its state is stored per parameter and slot.
+        extra: further files, name → text.
+    """
+    directory = out_dir / STATES_DIR / state_name(step)
+    slots = {
+        f"{name}.{slot}": value
+        for name, parameter in trained.items()
+        for slot, value in optimizer.state[parameter].items()
+    }
+    with publish_directory(directory, STATE) as folder:
+        _write_tensors(folder / weights_name, trained)
+        _write_tensors(folder / OPTIMIZER_WEIGHTS, slots)
+        extra = extra | {STATE_FACTS: json.dumps({"step": step}) + "\n"}
+        for name, text in extra.items():
+            write_atomically(folder / name, text)
+        Manifest(STATE, {}).write(folder, [weights_name, OPTIMIZER_WEIGHTS, *extra])
+    return directory
+
+
+def newest_state(out_dir: Path) -> Path | None:
+    """The latest intact state of a run. A damaged one is set aside as ``.bad-…``, so that it can be written again."""
+    for directory in sorted((out_dir / STATES_DIR).glob("step-*"), reverse=True):
+        try:
+            Manifest.read(directory, STATE).check_files(directory)
+            return directory
+        except InputError as error:
+            print(f"set aside: {error}")
+            directory.rename(directory.with_name(f".bad-{directory.name}-{os.getpid()}"))
+    return None
+
+
+def load_state(
+    directory: Path, weights_name: str, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> int:
+    """Restore what ``save_state`` wrote, in place; gives the optimizer steps done."""
+    copy_tensors(trained, directory / weights_name)
+    state = optimizer.state_dict()
+    with safe_open(directory / OPTIMIZER_WEIGHTS, framework="pt") as file:
+        stored = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
+    for number, name in enumerate(trained):
+        own = {key: tensor for key, tensor in stored.items() if key.rpartition(".")[0] == name}
+        state["state"][number] = {key.rpartition(".")[2]: tensor for key, tensor in own.items()}
+    optimizer.load_state_dict(state)
+    return read_json(directory / STATE_FACTS)["step"]
+
+
+def prune_states(out_dir: Path, keep: int) -> None:
+    """Delete all but the ``keep`` newest states; a name is given up before its files, so none is ever half there."""
+    for directory in sorted((out_dir / STATES_DIR).glob("step-*"))[:-keep]:
+        dead = directory.with_name(f".dead-{directory.name}-{os.getpid()}")
+        directory.rename(dead)
+        shutil.rmtree(dead)

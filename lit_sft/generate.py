@@ -1,0 +1,132 @@
+"""Sampling with a KV cache."""
+
+import sys
+from collections.abc import Callable, Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from lit_sft.args import GenerateArgs
+from lit_sft.atomic import Manifest
+from lit_sft.checkpoint import load_model, read_adapter_config
+from lit_sft.errors import InputError
+from lit_sft.layout import check_checkpoint_dir, only_checkpoint_dir
+from lit_sft.model import GPT, KVCache
+from lit_sft.prompts import CHAT_TEMPLATE, PLAIN, Message
+from lit_sft.runtime import BASE_DTYPE, pick_device
+from lit_sft.samples import encode_prompt
+from lit_sft.shards import Shards
+from lit_sft.tokenizer import Tokenizer
+
+SAMPLE_PROMPT = "What food do llamas eat?"
+SAMPLE_TOKENS = 64
+
+
+def next_token(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator | None
+) -> int:
+    """Choose one id from logits (vocab_size,): the likeliest at temperature 0, else drawn.
+
+    ``top_k`` and then ``top_p`` (Holtzman et al. 2019, arXiv 1904.09751) narrow the choice; the likeliest always stays.
+    """
+    if temperature == 0:
+        return int(logits.argmax())
+    logits, order = (logits.float() / temperature).sort(descending=True, stable=True)
+    if top_k is not None:
+        logits, order = logits[:top_k], order[:top_k]
+    probabilities = logits.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # the mass of the likelier ones
+    probabilities = torch.where(before < top_p, probabilities, 0.0)
+    return int(order[torch.multinomial(probabilities.cpu(), 1, generator=generator).to(order.device)])
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """Yield new ids one by one, until a stop id (not yielded), ``max_new_tokens`` or the model's context.
+
+    Args:
+        model: in eval mode.
+        prompt_ids: at least one.
+        max_new_tokens: most ids yielded.
+        stop_ids: ids that end an answer.
+        temperature: 0 takes the likeliest id each time; otherwise ``next_token``'s.
+        top_k: as in ``next_token``.
+        top_p: as in ``next_token``.
+        generator: of the draws, on the CPU, so that a seed gives the same draws on every device.
+
+    Raises InputError when the prompt is empty or fills the context.
+    """
+    room = model.config.block_size - len(prompt_ids)
+    if not prompt_ids or room < 1:
+        raise InputError(f"the prompt has {len(prompt_ids)} tokens; the model takes 1 to {model.config.block_size - 1}")
+    steps = min(max_new_tokens, room)
+    weight = model.wte.weight
+    cache = KVCache(model.config, 1, len(prompt_ids) + steps, weight.device, weight.dtype)
+    new = prompt_ids
+    for _ in range(steps):
+        hidden = model.hidden_states(torch.tensor([new], device=weight.device), cache=cache)
+        token = next_token(model.lm_head(hidden[0, -1]), temperature, top_k, top_p, generator)
+        if token in stop_ids:
+            return
+        yield token
+        new = [token]
+
+
+def sampler(
+    model: GPT, tokenizer: Tokenizer, style: str, prompt: str | None, shards: Shards, context: Callable
+) -> Callable[[int], str]:
+    """A function that lets the model answer a fixed prompt greedily, to watch it learn.
+
+    The prompt is ``prompt`` in ``style``; without one it is the first example of ``shards`` up to its first label.
+    ``context`` is entered around the model, for mixed precision.
+    """
+    ids, mask = shards[0]
+    n_prompt = int(mask.int().argmax())
+    if prompt is None and n_prompt > 1:
+        prompt_ids = ids[:n_prompt].tolist()
+    else:
+        prompt_ids = encode_prompt((Message("user", prompt or SAMPLE_PROMPT),), style, tokenizer)
+    question = " ".join(tokenizer.decode(prompt_ids[-SAMPLE_TOKENS:]).split())
+
+    def sample(step: int) -> str:
+        model.eval()
+        with context():
+            answer = list(generate(model, prompt_ids, SAMPLE_TOKENS, tokenizer.stop_ids))
+        return f"  … {question}\n  → {' '.join(tokenizer.decode(answer).split())}"
+
+    return sample
+
+
+def answers(args: GenerateArgs) -> Iterator[Iterator[str]]:
+    """For each of ``args.num_samples`` answers the pieces of its text, as they are made.
+
+    Raises InputError when model, adapter or prompt do not allow it.
+    """
+    adapter = read_adapter_config(args.adapter_dir) if args.adapter_dir else {}
+    named = args.checkpoint_dir or adapter.get("checkpoint_dir")
+    checkpoint_dir = check_checkpoint_dir(named) if named else only_checkpoint_dir()
+    tokenizer = Tokenizer(checkpoint_dir)
+    trained = adapter or Manifest.read(checkpoint_dir).facts
+    untrained_style = CHAT_TEMPLATE if tokenizer.chat_template else PLAIN
+    style = args.prompt_style or trained.get("prompt_style", untrained_style)
+    stop_ids = trained.get("stop_ids", tokenizer.stop_ids)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt_ids = encode_prompt((Message("user", prompt, args.input),), style, tokenizer)
+    device = pick_device(args.device)
+    dtype = BASE_DTYPE[args.precision] if args.precision else None if device == "cuda" else torch.float32
+    model = load_model(checkpoint_dir, args.adapter_dir, dtype, device)
+    generator = torch.Generator().manual_seed(args.seed)
+    for _ in range(args.num_samples):
+        ids = generate(
+            model, prompt_ids, args.max_new_tokens, stop_ids, args.temperature, args.top_k, args.top_p, generator
+        )
+        yield tokenizer.stream(ids)

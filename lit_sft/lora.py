@@ -1,0 +1,132 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): small trainable matrices beside frozen linear layers."""
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_sft.args import LoRAArgs
+from lit_sft.model import GPT
+
+ADAPTER_KEYS = ("lora_A", "lora_B")
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer and its adapter: ``x Wᵀ + b + (alpha / r) (dropout(x) Aᵀ) Bᵀ``.
+
+    It takes over the base layer's parameters, so their names in a state dict do not change. A (r, in) and B (out, r)
+    are kept in fp32 (fp64 over an fp64 base) and rounded to the input's dtype for the products.
+    """
+
+    def __init__(self, base: nn.Linear, args: LoRAArgs, dropout: "ExampleDropout", number: int) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate and draw a second base
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.scaling = args.lora_alpha / args.lora_r
+        self.dropout, self.number = dropout, number
+        kept = {"device": base.weight.device, "dtype": torch.promote_types(base.weight.dtype, torch.float32)}
+        self.lora_A = nn.Parameter(torch.zeros(args.lora_r, base.in_features, **kept))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, args.lora_r, **kept))
+
+    def reset_adapter(self, generator: torch.Generator) -> None:
+        """A uniform in ±1/√in, B zero: the adapter starts as no change at all."""
+        bound = 1 / math.sqrt(self.in_features)
+        start = torch.empty(self.lora_A.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            self.lora_A.copy_(start)
+            self.lora_B.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        dropped = self.dropout(x, self.number) if self.training else x
+        low_rank = F.linear(dropped, self.lora_A.to(x.dtype)) * self.scaling
+        return F.linear(x, self.weight, self.bias) + F.linear(low_rank, self.lora_B.to(x.dtype))
+
+    def delta(self) -> Tensor:
+        """What the adapter adds to the weight: (out, in), in the adapter's dtype."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+
+class ExampleDropout:
+    """Dropout whose masks follow from (seed, step, example, position) and never from packing or device.
+
+    The training loop announces each row with ``begin_row``; every layer then hashes its own mask. The mixing function
+    is "lowbias32" (C. Wellons, 2018), on 32 bits held in int64 since torch has no unsigned shifts everywhere.
+    """
+
+    def __init__(self, p: float, seed: int) -> None:
+        self.p, self.seed = p, seed
+        self.token_keys: Tensor | None = None
+
+    def begin_row(self, step: int, examples: list[int], lengths: list[int], device: torch.device) -> None:
+        """Set the keys of the row's tokens: (T,) int64, one hash for each token of each example."""
+        if self.p == 0:
+            return
+        run = _mix(_mix(torch.tensor(self.seed)) + step)
+        example_keys = _mix(run + torch.tensor(examples)).repeat_interleave(torch.tensor(lengths))
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        self.token_keys = _mix(example_keys + positions).to(device)
+
+    def __call__(self, x: Tensor, number: int) -> Tensor:
+        """Drop from x (1, T, C), or (N, C) of a row's N tokens, with the mask of layer ``number``."""
+        if self.p == 0:
+            return x
+        if self.token_keys is None or x.shape[-2] != len(self.token_keys):
+            raise RuntimeError("LoRA dropout was given tokens of a row that begin_row did not announce")
+        channels = torch.arange(x.shape[-1], device=x.device) * 0x9E3779B9 + number
+        bits = _mix(self.token_keys[:, None] ^ _mix(channels)[None, :])
+        return x * (bits >= self.p * 2**32) / (1 - self.p)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def apply_lora(model: GPT, args: LoRAArgs, seed: int) -> ExampleDropout:
+    """Freeze ``model`` and put adapters on the linear layers that ``args`` names, in place.
+
+    The adapters' start follows from ``seed`` alone. Returns the dropout that the adapters share.
+    """
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    dropout = ExampleDropout(args.lora_dropout, seed)
+    none = ExampleDropout(0.0, seed)  # the head sees only the labelled rows of a row, and is not dropped from
+    parts = args.parts()
+    wanted = [name for name in ("query", "key", "value", "projection") if parts[name]]
+    wanted += ["gate", "up", "down"] if parts["mlp"] else []
+    wanted += ["lm_head"] if parts["head"] else []
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    for number, (name, base) in enumerate(linears):
+        parent, _, child = name.rpartition(".")
+        if child in wanted:
+            adapted = LoRALinear(base, args, none if child == "lm_head" else dropout, number)
+            adapted.reset_adapter(generator)
+            setattr(model.get_submodule(parent), child, adapted)
+    return dropout
+
+
+def lora_state_dict(model: GPT) -> dict[str, Tensor]:
+    """The adapter's tensors by name, ``blocks.0.attn.query.lora_A`` and so on."""
+    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] in ADAPTER_KEYS}
+
+
+@torch.no_grad()
+def merge_lora(model: GPT) -> None:
+    """Add each adapter to its base weight, computed in fp32 or better, and put plain linear layers back, in place.
+
+    A head that shares its tensor with the embedding gets one of its own: only the head was adapted.
+    """
+    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]:
+        merged = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        weight = module.weight.to(module.lora_A.dtype) + module.delta()
+        merged.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
+        merged.bias = module.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, merged)
+        if child == "lm_head":
+            model.config = replace(model.config, tie_embeddings=False)

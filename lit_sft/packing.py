@@ -1,0 +1,37 @@
+"""Which examples share a packed row: balanced rows of whole examples, nothing padded, nothing cut."""
+
+from math import ceil
+
+
+def pack(lengths: list[int], max_tokens: int, max_examples: int | None = None) -> list[list[int]]:
+    """Distribute examples over as few rows as fit, of nearly equal length.
+
+    Args:
+        lengths: tokens of each example, every one at most ``max_tokens``.
+        max_tokens: most tokens of a row.
+        max_examples: most examples of a row; None: any number.
+
+    Returns:
+        The rows, each a list of indices into ``lengths`` in ascending order. The result follows from the arguments
+        alone. Longest-processing-time-first (Graham 1969) balances; a row more is opened until all fit.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    n_rows = max(ceil(sum(lengths) / max_tokens), ceil(len(lengths) / max_examples) if max_examples else 1)
+    while (rows := _balance(order, lengths, n_rows, max_tokens, max_examples)) is None:
+        n_rows += 1
+    return [sorted(row) for row in rows if row]
+
+
+def _balance(
+    order: list[int], lengths: list[int], n_rows: int, max_tokens: int, max_examples: int | None
+) -> list[list[int]] | None:
+    rows: list[list[int]] = [[] for _ in range(n_rows)]
+    filled = [0] * n_rows
+    for i in order:
+        open_rows = [r for r in range(n_rows) if max_examples is None or len(rows[r]) < max_examples]
+        shortest = min(open_rows, key=lambda r: filled[r])
+        if filled[shortest] + lengths[i] > max_tokens:
+            return None
+        rows[shortest].append(i)
+        filled[shortest] += lengths[i]
+    return rows

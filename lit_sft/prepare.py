@@ -1,0 +1,126 @@
+"""Raw data → shards: read, encode, cut, split, write, report."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lit_sft.args import PrepareArgs
+from lit_sft.atomic import Manifest, publish_directory
+from lit_sft.config import ModelConfig
+from lit_sft.errors import InputError
+from lit_sft.layout import check_checkpoint_dir, only_checkpoint_dir
+from lit_sft.prompts import CHAT_TEMPLATE, Sample
+from lit_sft.samples import encode_sample
+from lit_sft.shards import KIND, Example, write_shards
+from lit_sft.sources import Columns, HubDataset, read_samples
+from lit_sft.tokenizer import Tokenizer
+
+
+def prepare(args: PrepareArgs, source: Path | HubDataset, name: str, columns: Columns, multiturn: bool = True) -> Path:
+    """Make a data_dir of ``source`` for a checkpoint, and print what is in it; gives the directory.
+
+    Raises InputError, with nothing written, when the data or the arguments do not allow it.
+    """
+    if args.checkpoint_dir is None:
+        checkpoint_dir = only_checkpoint_dir()
+        print(f"using {checkpoint_dir}, the only converted checkpoint")
+    else:
+        checkpoint_dir = check_checkpoint_dir(args.checkpoint_dir)
+    destination = Path(args.destination_path or Path("data") / name)
+    tokenizer = Tokenizer(checkpoint_dir)
+    block_size = ModelConfig.from_dir(checkpoint_dir).block_size
+    max_seq_length = min(args.max_seq_length or block_size, block_size)
+    style = args.prompt_style or (CHAT_TEMPLATE if tokenizer.chat_template else "alpaca")
+    if args.ignore_index is not None:
+        print("--ignore_index has no effect: labels are stored as a mask, by position")
+    samples, skipped = read_samples(source, columns, args.on_error, multiturn)
+    for problem in skipped[:10]:
+        print(f"skipped: {problem.place}: {problem.why}")
+    examples = [
+        _encode(sample, style, tokenizer, args.mask_prompt) for sample in tqdm(samples, "tokenizing", disable=None)
+    ]
+    lengths = sorted(len(example.input_ids) for example in examples)
+    kept, n_cut, n_dropped = fit_lengths(samples, examples, max_seq_length, args.on_overflow)
+    train, val = split(kept, args.val_split_fraction, args.seed)
+    facts = {
+        "checkpoint_dir": str(checkpoint_dir),
+        "tokenizer": tokenizer.fingerprint,
+        "prompt_style": style,
+        "mask_prompt": args.mask_prompt,
+        "max_seq_length": max_seq_length,
+        "n_train": len(train),
+        "n_val": len(val),
+        "n_tokens": sum(len(e.input_ids) for e in kept),
+        "n_labels": sum(sum(e.labels_mask) for e in kept),
+        "length": {f"p{p}": lengths[min(len(lengths) - 1, len(lengths) * p // 100)] for p in (50, 95, 99)}
+        | {"max": lengths[-1]},
+        "n_cut": n_cut,
+        "n_tokens_cut": sum(lengths) - sum(len(e.input_ids) for e in kept),
+        "n_dropped": n_dropped,
+        "n_skipped": len(skipped),
+        "arguments": {k: v for k, v in asdict(args).items() if k not in ("access_token", "debug")},
+    }
+    with publish_directory(destination, KIND) as folder:
+        names = write_shards(folder, "train", train) + write_shards(folder, "val", val)
+        Manifest(KIND, facts).write(folder, names)
+    print(summary(destination, facts))
+    return destination
+
+
+def _encode(sample: Sample, style: str, tokenizer: Tokenizer, mask_prompt: bool) -> Example:
+    try:
+        return encode_sample(sample, style, tokenizer, mask_prompt)
+    except InputError as error:
+        raise InputError(f"{sample.place}: {error}") from None
+
+
+def fit_lengths(
+    samples: list[Sample], examples: list[Example], max_seq_length: int, on_overflow: str
+) -> tuple[list[Example], int, int]:
+    """Apply the overflow rule; gives the examples kept, how many were cut and how many dropped.
+
+    ``truncate`` cuts the tail, back to the last label that remains; the first prompt is never cut, and an example
+    that would keep no part of a response is refused. ``drop`` leaves every too long example out, ``error`` refuses any.
+    """
+    kept, lost, n_cut = [], [], 0
+    for sample, example in zip(samples, examples, strict=True):
+        if len(example.input_ids) <= max_seq_length:
+            kept.append(example)
+        elif on_overflow == "truncate" and example.n_prompt < max_seq_length:
+            end = max(i for i in range(max_seq_length) if example.labels_mask[i]) + 1
+            kept.append(Example(example.input_ids[:end], example.labels_mask[:end], example.n_prompt))
+            n_cut += 1
+        else:
+            lost.append((sample.place, example))
+    if lost and on_overflow != "drop":
+        needed = max(e.n_prompt + 1 if on_overflow == "truncate" else len(e.input_ids) for _, e in lost)
+        what = "keep no label when cut" if on_overflow == "truncate" else "are longer than that"
+        places = ", ".join(place for place, _ in lost[:3]) + (", …" if len(lost) > 3 else "")
+        raise InputError(
+            f"--max_seq_length {max_seq_length}: {len(lost)} examples {what} ({places}); "
+            f"--max_seq_length {needed} keeps all, --on_overflow drop leaves them out"
+        )
+    if not kept:
+        raise InputError(f"--max_seq_length {max_seq_length}: no example is left")
+    return kept, n_cut, len(lost)
+
+
+def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """A seeded split into train and val; with a fraction above 0 and two examples or more, each gets at least one."""
+    n_val = min(max(int(len(examples) * fraction), fraction > 0), len(examples) - 1)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [examples[i] for i in order[n_val:]], [examples[i] for i in order[:n_val]]
+
+
+def summary(directory: Path, facts: dict) -> str:
+    """What was prepared, in a few lines."""
+    length = facts["length"]
+    return (
+        f"{directory}: {facts['n_train']} train and {facts['n_val']} val examples, prompt style {facts['prompt_style']}\n"
+        f"  tokens per example: p50 {length['p50']}, p95 {length['p95']}, p99 {length['p99']}, max {length['max']}; "
+        f"max_seq_length {facts['max_seq_length']}\n"
+        f"  {facts['n_tokens']:,} tokens, {facts['n_labels']:,} of them labels; {facts['n_cut']} examples cut, "
+        f"{facts['n_dropped']} dropped ({facts['n_tokens_cut']:,} tokens lost), {facts['n_skipped']} skipped"
+    )

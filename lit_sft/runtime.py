@@ -1,0 +1,113 @@
+"""The process: device, precision, signals, memory. All that touches Lightning Fabric before the loop."""
+
+import os
+import resource
+import signal
+import sys
+from types import FrameType
+
+import torch
+from lightning.fabric import Fabric
+from torch import nn
+
+from lit_sft.args import TrainArgs
+from lit_sft.errors import InputError
+
+BASE_DTYPE = {
+    "32-true": torch.float32,
+    "64-true": torch.float64,
+    "bf16-true": torch.bfloat16,
+    "16-true": torch.float16,
+    "bf16-mixed": torch.float32,
+    "16-mixed": torch.float32,
+}
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75}
+
+
+def pick_device(wanted: str) -> str:
+    """``auto`` → cuda, mps or cpu, whichever is there first; InputError when the one asked for is not there."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return next(name for name, there in present.items() if there)
+    if not present[wanted]:
+        raise InputError(f"--device {wanted}: this machine has none that torch can use; try --device auto")
+    return wanted
+
+
+def launch(args: TrainArgs) -> Fabric:
+    """Start Fabric on the devices and in the precision asked for; with several devices this starts the processes.
+
+    Raises InputError for a precision the device cannot do, or when the number of processes is not the one asked for.
+    """
+    device = pick_device(args.device)
+    precision = args.precision or ("bf16-true" if device == "cuda" else "32-true")
+    if precision == "16-mixed" and device == "cpu":
+        raise InputError("--precision 16-mixed needs a GPU; use bf16-mixed or 32-true on a CPU")
+    if device == "mps" and precision == "64-true":
+        raise InputError("--precision 64-true is not to be had on mps; use 32-true")
+    strategy = "auto" if args.devices == 1 else "ddp"
+    fabric = Fabric(accelerator=device, devices=args.devices, strategy=strategy, precision=precision)
+    fabric.launch()
+    if fabric.world_size != args.devices:
+        raise InputError(f"--devices {args.devices} was asked for, but {fabric.world_size} processes run")
+    return fabric
+
+
+def precision(fabric: Fabric) -> str:
+    """The name of the precision Fabric was started with."""
+    return fabric.strategy.precision.precision
+
+
+def base_dtype(fabric: Fabric) -> torch.dtype:
+    """The dtype that the base weights are held in under the precision Fabric was started with."""
+    return BASE_DTYPE[precision(fabric)]
+
+
+@torch.no_grad()
+def reduce_gradients(fabric: Fabric, parameters: list[nn.Parameter]) -> None:
+    """Sum the gradients of all processes, in one flat all-reduce; a process without rows contributes zeros."""
+    if fabric.world_size == 1:
+        return
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = fabric.all_reduce(torch.cat([g.reshape(-1) for g in grads]), reduce_op="sum")
+    for parameter, grad in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
+        parameter.grad = grad.view_as(parameter).clone()
+
+
+def reduce(fabric: Fabric, operation: str, *values: float) -> list[float]:
+    """Each value summed over all processes (``operation`` "sum"), or the largest ("max"); in fp64 where there is any."""
+    if fabric.world_size == 1:
+        return list(values)
+    dtype = torch.float32 if fabric.device.type == "mps" else torch.float64
+    return fabric.all_reduce(torch.tensor(values, dtype=dtype, device=fabric.device), reduce_op=operation).tolist()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: allocated on the GPU, resident in this process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class StopSignals:
+    """SIGINT, SIGTERM and SIGUSR1 ask for the current step to be finished and saved; a second one exits at once."""
+
+    def __enter__(self) -> "StopSignals":
+        self.received: int | None = None
+        self.previous = {number: signal.signal(number, self._note) for number in EXIT_CODES}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(EXIT_CODES[number])
+        self.received = number
+
+    @property
+    def exit_code(self) -> int:
+        """What the run must exit with: 130, 143 or 75, or 0 when no signal came."""
+        return EXIT_CODES.get(self.received, 0)

@@ -1,0 +1,106 @@
+"""Prepared examples on disk: tensors only, memory-mapped, described by a manifest."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_sft.atomic import Manifest
+from lit_sft.errors import InputError
+from lit_sft.layout import check_data_dir, shard_name
+
+KIND = "data"
+SHARD_TOKENS = 1 << 26  # 256 MiB of int32 ids in a shard
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample as the model sees it."""
+
+    input_ids: list[int]
+    labels_mask: list[bool]
+    """Which tokens are to be predicted; never the first, which nothing comes before."""
+    n_prompt: int
+    """Tokens before the first response."""
+
+
+def write_shards(directory: Path, split: str, examples: Iterable[Example]) -> list[str]:
+    """Write the examples of one split in order; gives the names of the files.
+
+    A shard holds ``input_ids`` (tokens,) int32, ``labels_mask`` (tokens,) bool and ``offsets`` (examples + 1,) int64.
+    """
+    names: list[str] = []
+    ids: list[int] = []
+    mask: list[bool] = []
+    offsets = [0]
+
+    def flush() -> None:
+        tensors = {
+            "input_ids": torch.tensor(ids, dtype=torch.int32),
+            "labels_mask": torch.tensor(mask, dtype=torch.bool),
+            "offsets": torch.tensor(offsets, dtype=torch.int64),
+        }
+        names.append(shard_name(split, len(names)))
+        torch.save(tensors, directory / names[-1])
+        ids.clear(), mask.clear(), offsets.__delitem__(slice(1, None))
+
+    for example in examples:
+        ids += example.input_ids
+        mask += example.labels_mask
+        offsets.append(len(ids))
+        if len(ids) >= SHARD_TOKENS:
+            flush()
+    if len(offsets) > 1:
+        flush()
+    return names
+
+
+class Shards:
+    """The examples of one split of a data_dir, read through memory maps.
+
+    Attributes:
+        lengths: (N,) int64, tokens of each example.
+        n_labels: (N,) int64, labelled tokens of each.
+    """
+
+    def __init__(self, data_dir: str | Path, split: str, max_seq_length: int | None = None) -> None:
+        """Open ``split`` (train or val); ``max_seq_length`` cuts the tails of longer examples.
+
+        Raises InputError when the directory is not prepared or damaged, and when a cut leaves an example no label.
+        """
+        directory = check_data_dir(data_dir)
+        self.manifest = Manifest.read(directory, KIND)
+        self.manifest.check_files(directory)
+        names = sorted(name for name in self.manifest.files if name.startswith(f"{split}-"))
+        self.shards = [torch.load(directory / name, weights_only=True, mmap=True) for name in names]
+        offsets = [shard["offsets"] for shard in self.shards]
+        self.starts = torch.cat([o[:-1] for o in offsets]) if offsets else torch.empty(0, dtype=torch.int64)
+        full = torch.cat([o.diff() for o in offsets]) if offsets else torch.empty(0, dtype=torch.int64)
+        self.lengths = full.clamp(max=max_seq_length)
+        self.n_cut = int((full > self.lengths).sum())
+        self.shard_of = torch.cat([torch.full((len(o) - 1,), i) for i, o in enumerate(offsets)]) if offsets else full
+        self.n_labels = self._count_labels()
+        if empty := (self.n_labels == 0).nonzero().flatten().tolist():
+            raise InputError(
+                f"{directory}: cut to {max_seq_length} tokens, {len(empty)} {split} examples keep no label "
+                f"(the first: {empty[:5]}); raise --max_seq_length or prepare again with --on_overflow drop"
+            )
+
+    def _count_labels(self) -> Tensor:
+        counts = []
+        for i, shard in enumerate(self.shards):
+            here = self.shard_of == i
+            running = torch.cat([torch.zeros(1, dtype=torch.int64), shard["labels_mask"].cumsum(0)])
+            counts.append(running[self.starts[here] + self.lengths[here]] - running[self.starts[here]])
+        return torch.cat(counts) if counts else torch.empty(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Example ``index``: its ids (T,) int64 and labels mask (T,) bool."""
+        shard = self.shards[int(self.shard_of[index])]
+        here = slice(int(self.starts[index]), int(self.starts[index] + self.lengths[index]))
+        return shard["input_ids"][here].long(), shard["labels_mask"][here]
