@@ -195,12 +195,12 @@ def write_checkpoint(directory: Path, config: ModelConfig, weights: list[Weight]
         weight_map = {w.name: name for name, part in files.items() for w in part}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_atomically(directory / MODEL_INDEX, json.dumps(index, indent=2) + "\n")
-    else:
-        (directory / MODEL_INDEX).unlink(missing_ok=True)
     write_atomically(directory / MODEL_CONFIG, config.to_json())
     recorded = [*files, MODEL_CONFIG, *([MODEL_INDEX] if len(files) > 1 else [])]
     recorded += [name for name in TOKENIZER_FILES if (directory / name).is_file()]
     Manifest(KIND, facts).write(directory, recorded, hashes)
+    for leftover in set(directory.glob("lit_model*")) - {directory / name for name in recorded}:
+        leftover.unlink()  # of an earlier conversion with other shards
 
 
 def plan_shards(weights: list[Weight]) -> dict[str, list[Weight]]:

@@ -1,0 +1,299 @@
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_hf_llama
+from safetensors.torch import load_file, save_file
+
+from lit_sft import convert, load_model
+from lit_sft.args import ConvertArgs
+from lit_sft.atomic import Manifest
+from lit_sft.convert import convert_checkpoint
+from lit_sft.errors import InputError
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+VARIANTS = {
+    "multi-head": {"num_key_value_heads": 4},
+    "grouped-query": {},
+    "multi-query": {"num_key_value_heads": 1},
+    "head_dim": {"head_dim": 32},
+    "tied": {"tie_word_embeddings": True},
+    "rope theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "rope linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "rope llama3": {"rope_parameters": LLAMA3_ROPE},
+    "attention bias": {"attention_bias": True},
+    "mlp bias": {"mlp_bias": True},
+    "eps": {"rms_norm_eps": 1e-3},
+}
+# the switch turned off again, in the converted model's config: the logits must move
+SWITCHES = {
+    "head_dim": None,  # another shape, which cannot load at all
+    "rope theta": {"rope_theta": 1e4},
+    "rope linear": {"rope_type": "default"},
+    "rope llama3": {"rope_type": "default"},
+    "eps": {"norm_eps": 1e-5},
+}
+
+
+def convert_dir(directory: Path, **args: str) -> Path:
+    return convert_checkpoint(ConvertArgs(checkpoint_dir=str(directory), **args))
+
+
+def token_ids(n: int = 96) -> torch.Tensor:
+    return torch.randint(0, 400, (2, n), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_those_of_transformers(tmp_path: Path, variant: str) -> None:
+    reference = make_hf_llama(tmp_path, **VARIANTS[variant])
+    model = load_model(convert_dir(tmp_path))
+    with torch.no_grad():
+        expected, logits = reference(token_ids()).logits, model(token_ids())
+    assert logits.shape == (2, 96, 400) and logits.dtype == torch.float32
+    assert (logits - expected).abs().max() < 1e-5
+    if SWITCHES.get(variant):
+        path = tmp_path / "model_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | SWITCHES[variant]))
+        Manifest("checkpoint", {}).write(tmp_path, ["model_config.json", "lit_model.safetensors"])
+        with torch.no_grad():
+            assert (load_model(tmp_path)(token_ids()) - expected).abs().max() > 1e-3
+
+
+def test_old_and_new_spelling_of_rope_read_alike(tmp_path: Path) -> None:
+    make_hf_llama(tmp_path, rope_parameters=LLAMA3_ROPE)
+    new = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in new and "rope_scaling" not in new
+    old = {k: v for k, v in new.items() if k not in ("rope_parameters", "architectures")}
+    scaling = {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
+    first = json.loads((convert_dir(tmp_path) / "model_config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(old | {"rope_theta": 10000.0, "rope_scaling": scaling}))
+    assert json.loads((convert_dir(tmp_path) / "model_config.json").read_text()) == first
+
+
+def test_longchat_spelling_of_linear_scaling(tmp_path: Path) -> None:
+    make_hf_llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"rope_condense_ratio": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    converted = json.loads((convert_dir(tmp_path) / "model_config.json").read_text())
+    assert (converted["rope_type"], converted["rope_factor"]) == ("linear", 8.0)
+
+
+def as_bin(directory: Path, shards: int) -> dict:
+    """Replace the safetensors file by pickled ones, as older repositories have them."""
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # seen in the wild
+    names = list(weights)
+    if shards == 1:
+        torch.save(weights, directory / "pytorch_model.bin")
+        return weights
+    files = [f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin" for i in range(shards)]
+    weight_map = {name: files[i % shards] for i, name in enumerate(names)}
+    for file in files:
+        torch.save({n: weights[n] for n in names if weight_map[n] == file}, directory / file)
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return weights
+
+
+@pytest.mark.parametrize("source", ["safetensors shards", "bin", "bin shards", "bin of old torch"])
+def test_every_kind_of_source_gives_the_same_model(tmp_path: Path, source: str) -> None:
+    reference = make_hf_llama(tmp_path)
+    if source == "safetensors shards":
+        (tmp_path / "model.safetensors").unlink()
+        reference.save_pretrained(tmp_path, max_shard_size="100KB")
+        assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    else:
+        weights = as_bin(tmp_path, 3 if source == "bin shards" else 1)
+        if source == "bin of old torch":
+            torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    with torch.no_grad():
+        assert torch.equal(load_model(convert_dir(tmp_path))(token_ids()), load_model(tmp_path)(token_ids()))
+        assert (load_model(tmp_path)(token_ids()) - reference(token_ids()).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", None])
+def test_dtype(tmp_path: Path, dtype: str | None) -> None:
+    reference = make_hf_llama(tmp_path)
+    model = load_model(convert_dir(tmp_path, **({"dtype": dtype} if dtype else {})))
+    wanted = getattr(torch, dtype or "float32")
+    theirs = reference.model.layers[1].mlp.up_proj.weight
+    assert torch.equal(model.blocks[1].mlp.up.weight, theirs.to(wanted))
+    assert {p.dtype for p in model.parameters()} == {wanted}
+
+
+def test_large_checkpoints_are_sharded_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = make_hf_llama(tmp_path)
+    monkeypatch.setattr(convert, "SHARD_BYTES", 100_000)
+    model = load_model(convert_dir(tmp_path))
+    index = json.loads((tmp_path / "lit_model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2 and not (tmp_path / "lit_model.safetensors").exists()
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / file)[name], model.state_dict()[name])
+    with torch.no_grad():
+        assert (model(token_ids()) - reference(token_ids()).logits).abs().max() < 1e-5
+
+
+def test_converting_again_leaves_no_file_of_the_first_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_hf_llama(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "SHARD_BYTES", 100_000)
+        convert_dir(tmp_path)
+    convert_dir(tmp_path)
+    assert [p.name for p in tmp_path.glob("lit_model*")] == ["lit_model.safetensors"]
+    load_model(tmp_path)
+
+
+def test_tied_head_in_the_file_must_be_the_embedding(tmp_path: Path) -> None:
+    make_hf_llama(tmp_path, tie_word_embeddings=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
+    model = load_model(convert_dir(tmp_path))
+    assert model.lm_head.weight is model.wte.weight
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="tie_word_embeddings"):
+        convert_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), r"'model\.layers\.1\.mlp\.up_proj\.weight' is missing"),
+        (lambda w: w.update({"model.layers.0.extra.weight": torch.ones(2)}), r"'model\.layers\.0\.extra\.weight' is unknown"),
+        (lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.ones(96, 64)}), "not part of the model"),
+        (lambda w: w.update({"model.norm.weight": torch.ones(65)}), r"has shape \(65,\); config.json asks for \(64,\)"),
+        (lambda w: w.update({"lm_head.weight": torch.ones(400, 64, dtype=torch.int8)}), "not supported|quantized"),
+        (lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}), "not part of the model"),
+    ],
+)
+def test_unmapped_and_missing_weights_are_named_and_fatal(tmp_path: Path, change: object, message: str) -> None:
+    make_hf_llama(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "model.safetensors")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(InputError, match=message):
+        convert_dir(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architectures": ["GPT9"]}, "no known family"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2}}, "'yarn'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "lacks 'factor'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"hidden_size": "64"}, "hidden_size|wrong type|n_embd"),
+        ({"num_hidden_layers": 0}, "n_layer"),
+        ({"num_key_value_heads": 3}, "not a multiple"),
+        ({"vocab_size": None}, "vocab_size"),
+    ],
+)
+def test_unsupported_config_fields_are_named(tmp_path: Path, fields: dict, message: str) -> None:
+    make_hf_llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | fields
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        convert_dir(tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{,}", "not valid JSON"), ("[]", "not an object"), (None, "is missing")]
+)
+def test_broken_config(tmp_path: Path, content: str | None, message: str) -> None:
+    make_hf_llama(tmp_path)
+    (tmp_path / "config.json").unlink()
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        convert_dir(tmp_path)
+
+
+class Hostile:
+    """Unpickling it would create the file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.canary,))
+
+
+def test_a_hostile_pickle_is_not_run(tmp_path: Path) -> None:
+    make_hf_llama(tmp_path)
+    canary = tmp_path.parent / "canary"
+    (tmp_path / "model.safetensors").unlink()
+    for write in (lambda p: torch.save({"x": Hostile(canary)}, p), lambda p: p.write_bytes(pickle.dumps(Hostile(canary)))):
+        write(tmp_path / "pytorch_model.bin")
+        with pytest.raises(InputError, match="it was not run"):
+            convert_dir(tmp_path)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("kept", [0, 4, 40, 5000])
+def test_truncated_safetensors(tmp_path: Path, kept: int) -> None:
+    make_hf_llama(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(InputError, match="damaged"):
+        convert_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"model.norm.weight": "../model.safetensors"}, "not a file of"),
+        ({"model.norm.weight": "gone.safetensors"}, "gone.safetensors is missing"),
+        ({"model.nothing": "model.safetensors"}, "promises 'model.nothing'"),
+        ("text", "no weight_map"),
+    ],
+)
+def test_an_index_that_lies(tmp_path: Path, weight_map: object, message: str) -> None:
+    make_hf_llama(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError, match=message):
+        convert_dir(tmp_path)
+
+
+@pytest.mark.slow
+def test_memory_stays_near_the_largest_source_shard(tmp_path: Path) -> None:
+    """Anonymous memory of a conversion of 480 MB in 80 MB shards, above that of one of almost nothing."""
+    script = (
+        "import sys, re; from pathlib import Path; from lit_sft.args import ConvertArgs;"
+        "from lit_sft.convert import convert_checkpoint; import threading, time; peak = [0]\n"
+        "def watch():\n"
+        "    while True:\n"
+        "        status = Path('/proc/self/status').read_text()\n"
+        "        peak[0] = max(peak[0], int(re.search(r'RssAnon:\\s+(\\d+)', status)[1])); time.sleep(0.005)\n"
+        "threading.Thread(target=watch, daemon=True).start()\n"
+        "convert_checkpoint(ConvertArgs(checkpoint_dir=sys.argv[1], dtype=sys.argv[2] if len(sys.argv) > 2 else None))\n"
+        "print('peak', peak[0])"
+    )
+
+    def peak_mb(directory: Path, *dtype: str) -> float:
+        run = subprocess.run([sys.executable, "-c", script, str(directory), *dtype], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return int(run.stdout.split("peak")[1]) / 1024
+
+    make_hf_llama(tmp_path / "small")
+    big = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 8000}
+    reference = make_hf_llama(tmp_path / "big", **big, num_attention_heads=8, num_key_value_heads=8)
+    (tmp_path / "big" / "model.safetensors").unlink()
+    reference.save_pretrained(tmp_path / "big", max_shard_size="80MB")
+    total = sum(p.stat().st_size for p in (tmp_path / "big").glob("model-*.safetensors")) / 2**20
+    assert total > 400
+    for dtype in ((), ("bfloat16",)):
+        assert peak_mb(tmp_path / "big", *dtype) - peak_mb(tmp_path / "small", *dtype) < 80
