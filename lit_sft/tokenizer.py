@@ -1,0 +1,234 @@
+"""Text to ids and back, by the checkpoint's own files. The only user of sentencepiece and tokenizers."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+
+from lit_sft.errors import InputError
+from lit_sft.layout import resolve_checkpoint_dir
+from lit_sft.tokenizer_config import Added, TokenizerConfig
+
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint: its ``tokenizer.model`` (sentencepiece) if there, else its ``tokenizer.json``.
+
+    ``vocab_size``: one more than the largest id. ``bos_id``, ``eos_id``: None where there is none. ``adds_bos``:
+    whether the model's sequences begin with BOS. ``stop_ids``: EOS and every other ``eos_token_id`` of the configs.
+    ``special_tokens``: the text of ``bos_token``, ``eos_token``, …, for templates. ``chat_template``: its Jinja source
+    or None. ``fingerprint``: the same for a copied directory, different for whatever gives different ids.
+    """
+
+    def __init__(self, checkpoint_dir: str | Path) -> None:
+        """Read the tokenizer's files in ``checkpoint_dir``; InputError when there is none, or one is damaged."""
+        self.checkpoint_dir = directory = resolve_checkpoint_dir(checkpoint_dir)
+        path = next((p for p in (directory / "tokenizer.model", directory / "tokenizer.json") if p.is_file()), None)
+        if path is None:
+            raise InputError(f"no tokenizer in {directory}: neither tokenizer.model nor tokenizer.json; download it")
+        config = TokenizerConfig.from_dir(directory)
+        try:
+            raw = path.read_bytes()
+            self._file = (_SentencePiece if path.suffix == ".model" else _TokenizersFile)(raw, config)
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise InputError(f"{path} cannot be read ({error}); download it again") from None
+        self._control_ids = frozenset(self._file.control.values())
+        self.vocab_size: int = max(self._file.size, 1 + max(self._control_ids, default=-1))
+        texts = self._file.special_tokens | config.names
+        self.special_tokens: dict[str, str] = {name: text for name, text in texts.items() if text is not None}
+        self.bos_id, self.eos_id = (self._find(name, config) for name in ("bos_token", "eos_token"))
+        policy = config.tokenizer_class in LLAMA_CLASSES or self._file.first_id == self.bos_id
+        self.adds_bos: bool = self.bos_id is not None and (policy if config.add_bos is None else config.add_bos)
+        stops = {self.eos_id, *config.ids["eos_token"]}
+        self.stop_ids: frozenset[int] = frozenset(i for i in stops if i is not None and 0 <= i < self.vocab_size)
+        self.chat_template: str | None = config.chat_template
+        rules = config.added, sorted(self._file.control.items()), self.bos_id, self.eos_id, self.adds_bos
+        self.fingerprint: str = hashlib.sha256(raw + json.dumps(rules).encode()).hexdigest()
+
+    def __reduce__(self) -> tuple:
+        return Tokenizer, (self.checkpoint_dir,)  # read again: a pickled tokenizers.Tokenizer forgets how it was set
+
+    def encode(
+        self, text: str, bos: bool | None = None, eos: bool = False, control: bool = False, continuation: bool = False
+    ) -> list[int]:
+        """The ids of ``text``: those of the file's own library, between BOS and EOS where asked.
+
+        ``bos`` None is the model's policy (no second one where the text itself begins with it). ``control``: read the
+        control tokens written in the text as such, for templates; otherwise they stay text. ``continuation``: the text
+        goes on from one already encoded, so no BOS by policy and no dummy prefix space. InputError when BOS or EOS is
+        asked of a tokenizer without one, or for text with half a surrogate pair.
+        """
+        for name, missing in (("BOS", bos and self.bos_id is None), ("EOS", eos and self.eos_id is None)):
+            if missing:
+                raise InputError(f"the tokenizer in {self.checkpoint_dir} has no {name} token; do not ask for one")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"character {error.start} of a text is half a surrogate pair; correct the text") from None
+        ids = self._file.encode(text, True, continuation) if control else self._encode_text(text, continuation)
+        if bos is None:
+            bos = self.adds_bos and not continuation and ids[:1] != [self.bos_id]
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``; control tokens and ids beyond the vocabulary (a padded embedding's) give none."""
+        return self._file.decode(list(filter(self._is_text, map(int, ids))))
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of ``ids`` in pieces, each as soon as it is certain; joined they are ``decode(ids)``.
+
+        Half a character is held back. So is a run of byte tokens of a tokenizer.json: one wrong byte spoils the run.
+        """
+        window, sent = [], 0  # the last tokens, of whose text ``sent`` characters have been given
+        for i in filter(self._is_text, map(int, ids)):
+            window.append(i)
+            if i in self._file.held or (text := self._file.decode(window)).endswith("\ufffd"):
+                continue
+            if text[sent:]:
+                yield text[sent:]
+            ends = (window[start:] for start in range(len(window) - 1, -1, -1))  # with text: a leading space is lost
+            window = next((end for end in ends if self._file.decode(end)), window)
+            sent = len(self._file.decode(window))
+        if rest := self._file.decode(window)[sent:]:
+            yield rest
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the control token written ``text``, None when there is none."""
+        return self._file.control.get(text)
+
+    def _is_text(self, i: int) -> bool:
+        return 0 <= i < self._file.size and i not in self._control_ids
+
+    def _find(self, name: str, config: TokenizerConfig) -> int | None:
+        """The id of BOS or EOS: by its text, unless a file says that there is none, else by the model's configs."""
+        if name in config.names and config.names[name] is None:
+            return self.special_tokens.pop(name, None) and None
+        known = (i for i in config.ids[name] if 0 <= i < self.vocab_size)
+        found = self._file.id(self.special_tokens.get(name, ""))
+        found = next(known, None) if found is None else found
+        self.special_tokens.update((name, text) for text, i in self._file.control.items() if i == found)
+        return found
+
+    def _encode_text(self, text: str, continuation: bool) -> list[int]:
+        ids = self._file.encode(text, False, continuation)
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        # unigram models and user-defined pieces find a control token's text unasked: cut it after its first character
+        cuts = [0, *(m.start(m.lastindex) + 1 for m in self._file.pattern.finditer(text)), len(text)]
+        return [i for a, b in pairwise(cuts) for i in self._file.encode(text[a:b], False, continuation or a > 0)]
+
+
+class _SentencePiece:
+    """A ``tokenizer.model``, with the tokens that the other files add to it."""
+
+    held: frozenset[int] = frozenset()
+
+    def __init__(self, raw: bytes, config: TokenizerConfig) -> None:
+        model = sentencepiece.SentencePieceProcessor()
+        model.LoadFromSerializedProto(raw)
+        size, unk_id = model.vocab_size(), model.unk_id()
+        pieces = [model.id_to_piece(i) for i in range(size)]
+        words = {t.id: t.text.replace(" ", "▁") for t in config.added if t.id >= size and t.special is False}
+        # what is appended to a protocol buffer is merged into it: pieces (1) of a text (1) and a type (3), user-defined
+        # (4) or, to fill a gap, control (3); in normalizer_spec (3) add_dummy_prefix (3), false
+        for i in range(size, max(words, default=-1) + 1):
+            piece, kind = (words[i], 4) if i in words and words[i] not in pieces else (f"<gap {i}>", 3)
+            raw += _field(1, _field(1, piece.encode()) + bytes([0x18, kind]))
+        protos = raw, raw + _field(3, b"\x18\x00")
+        self._whole, self._bare = (sentencepiece.SentencePieceProcessor(model_proto=proto) for proto in protos)
+        self._eats_spaces = self._bare.encode(" a") == self._bare.encode("a")
+        self.decode, self.size = self._whole.decode, self._whole.vocab_size()
+        tokens = [Added(i, p) for i, p in enumerate(pieces) if model.is_control(i) or p in config.special]
+        tokens += [t for t in config.added if t.special or (t.special is None and t.id >= size)]
+        tokens = [t for t in tokens if t.id != unk_id]
+        self.control, self.pattern = {t.text: t.id for t in tokens}, _pattern(tokens)
+        names = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": unk_id, "pad": model.pad_id()}
+        self.special_tokens = {f"{name}_token": pieces[i] for name, i in names.items() if i >= 0}
+        self.first_id = None if config.tokenizer_class else model.bos_id()  # the file has no policy: Llama's
+
+    def encode(self, text: str, control: bool, continuation: bool) -> list[int]:
+        """Each stretch between control tokens on its own, as Meta's reference does."""
+        ids, start = [], 0
+        for match in self.pattern.finditer(text) if control else ():
+            ids += self._stretch(text[start : match.start()], continuation and not start)
+            ids.append(self.control[match[match.lastindex]])
+            start = match.end()
+        return ids + self._stretch(text[start:], continuation and not start)
+
+    def _stretch(self, text: str, continuation: bool) -> list[int]:
+        # where the model removes leading spaces, the dummy prefix is what keeps the one before a word
+        bare = continuation and not (self._eats_spaces and text.startswith(" "))
+        return (self._bare if bare else self._whole).encode(text)
+
+    def id(self, text: str) -> int | None:
+        i = self.control.get(text, self._whole.piece_to_id(text))
+        return None if i == self._whole.unk_id() else i
+
+
+class _TokenizersFile:
+    """A ``tokenizer.json``."""
+
+    def __init__(self, raw: bytes, config: TokenizerConfig) -> None:
+        document = json.loads(raw)
+        document |= {"truncation": None, "padding": None}  # left over from someone's run; they would cut texts
+        for token in document.get("added_tokens") or ():
+            token["special"] = token["special"] or token["content"] in config.special
+        bare = document | {key: _without_prefix(document.get(key)) for key in ("normalizer", "pre_tokenizer")}
+        # an instance for each use: to set one before each call is not safe among threads
+        self._whole, self._text = _instance(document, control=True), _instance(document, control=False)
+        self._bare = self._text if bare == document else _instance(bare, control=False)
+        vocabulary = self._whole.get_vocab(with_added_tokens=True)
+        self.size = 1 + max(vocabulary.values(), default=-1)
+        falls_back = "ByteFallback" in json.dumps(document.get("decoder"))
+        self.held = frozenset(i for text, i in vocabulary.items() if falls_back and re.fullmatch("<0x..>", text))
+        known = self._whole.get_added_tokens_decoder().items()
+        tokens = [Added(i, t.content, True, t.lstrip, t.rstrip) for i, t in known if t.special]
+        self.control, self.pattern = {t.text: t.id for t in tokens}, _pattern(tokens)
+        self.special_tokens: dict[str, str] = {}
+        self.id = self._whole.token_to_id
+        self.first_id = next(iter(self._whole.encode("a").ids), None)  # not "", to which some add EOS
+
+    def encode(self, text: str, control: bool, continuation: bool) -> list[int]:
+        """As tokenizers does; what goes on without a prefix ends at the first control token."""
+        match = self.pattern.search(text) if control else None
+        head = 0 if not continuation or self._bare is self._text else match.start() if match else len(text)
+        ids = self._bare.encode(text[:head], add_special_tokens=False).ids if head else []
+        return ids + (self._whole if control else self._text).encode(text[head:], add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._whole.decode(ids, skip_special_tokens=False)
+
+
+def _instance(document: dict, control: bool) -> tokenizers.Tokenizer:
+    instance = tokenizers.Tokenizer.from_str(json.dumps(document))
+    instance.encode_special_tokens = not control
+    return instance
+
+
+def _without_prefix(part: dict | None) -> dict | None:
+    """A normalizer or pre_tokenizer of tokenizer.json without what it puts in front of a text."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    for key in {"normalizers", "pretokenizers"} & part.keys():
+        part = part | {key: [kept for each in part[key] if (kept := _without_prefix(each))]}
+    never = {"add_prefix_space": False, "prepend_scheme": "never"}
+    return part | {key: value for key, value in never.items() if key in part}
+
+
+def _field(number: int, value: bytes) -> bytes:
+    """A length-delimited field of a protocol buffer."""
+    size = [len(value)] if len(value) < 128 else [len(value) & 127 | 128, len(value) >> 7]
+    return bytes([number << 3 | 2, *size]) + value
+
+
+def _pattern(tokens: list[Added]) -> re.Pattern:
+    """Finds the texts, the longest first, each in the group ``lastindex``, with the spaces that they take in."""
+    tokens, spaces = sorted(tokens, key=lambda t: -len(t.text)), r"\s*"
+    texts = (f"{spaces * t.lstrip}({re.escape(t.text)}){spaces * t.rstrip}" for t in tokens)
+    return re.compile("|".join(texts) or "(?!)")  # which never matches

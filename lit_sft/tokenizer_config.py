@@ -1,0 +1,110 @@
+"""What the JSON files beside a tokenizer say about it: added tokens, names, BOS policy, ends, chat template."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lit_sft.errors import InputError
+from lit_sft.layout import HF_CONFIG
+
+MOST_IDS = 1 << 20  # four times the largest vocabulary known; more is a damaged file
+
+
+class Added(NamedTuple):
+    """A token added to a vocabulary; ``special`` is None where not said; ``lstrip`` takes in the spaces before it."""
+
+    id: int
+    text: str
+    special: bool | None = None
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The wishes of the files beside a tokenizer; empty where they are silent."""
+
+    added: list[Added]
+    """In order of their ids."""
+    names: dict[str, str | None]
+    """``bos_token``, ``eos_token``, … as text; None where a file says that there is none."""
+    special: frozenset[str]
+    """The text of every token that is called special."""
+    add_bos: bool | None
+    tokenizer_class: str | None
+    ids: dict[str, list[int]]
+    """``bos_token`` and ``eos_token`` as ids, by generation_config.json and config.json: models often stop at more."""
+    chat_template: str | None
+
+    @classmethod
+    def from_dir(cls, directory: Path) -> "TokenizerConfig":
+        """Read the files of ``directory``, each of which may be missing; InputError when one is damaged."""
+        settings = _read_json(directory / "special_tokens_map.json") | _read_json(directory / "tokenizer_config.json")
+        models = [_read_json(directory / name) for name in ("generation_config.json", HF_CONFIG)]
+        try:
+            added = {i: Added(i, text) for text, i in _read_json(directory / "added_tokens.json").items()}
+            added |= {int(i): _added(int(i), t) for i, t in (settings.get("added_tokens_decoder") or {}).items()}
+            if wrong := [t for t in added.values() if type(t.id) is not int or not 0 <= t.id < MOST_IDS]:
+                raise ValueError(f"{wrong[0].text!r} has the id {wrong[0].id!r}")
+            names = {key: _text(value) for key, value in settings.items() if key.endswith("_token") and _is_name(value)}
+            more = [_text(token) for token in settings.get("additional_special_tokens") or []]
+            template = _chat_template(directory, settings.get("chat_template"))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{directory}: the special tokens or the chat template in tokenizer_config.json, added_tokens.json "
+                f"or special_tokens_map.json cannot be understood ({error!r}); download them again"
+            ) from None
+        policy, kind = settings.get("add_bos_token"), settings.get("tokenizer_class")
+        return cls(
+            added=sorted(added.values()),
+            names=names,
+            special=frozenset({*filter(None, names.values()), *more, *(t.text for t in added.values() if t.special)}),
+            add_bos=policy if isinstance(policy, bool) else None,
+            tokenizer_class=kind if isinstance(kind, str) else None,
+            ids={name: [i for m in models for i in _ids(m.get(f"{name}_id"))] for name in ("bos_token", "eos_token")},
+            chat_template=template,
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in ``path``, empty when there is no such file."""
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error}); download it again") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds a {type(found).__name__}, not an object; download it again")
+    return found
+
+
+def _is_name(value: object) -> bool:
+    return value is None or isinstance(value, str | dict)  # add_bos_token and its like are no names
+
+
+def _text(token: str | dict[str, Any] | None) -> str | None:
+    text = token["content"] if isinstance(token, dict) else token
+    if not isinstance(text, str | None) or text == "":
+        raise ValueError(f"{token!r} is no token")
+    return text
+
+
+def _added(i: int, token: dict[str, Any]) -> Added:
+    flags = (bool(token.get(flag, False)) for flag in ("special", "lstrip", "rstrip"))
+    return Added(i, token["content"], *flags)
+
+
+def _ids(value: object) -> list[int]:
+    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
+
+
+def _chat_template(directory: Path, value: str | list[dict[str, str]] | None) -> str | None:
+    """chat_template.jinja if there, else tokenizer_config.json's own, of several the one named default."""
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if isinstance(value, list):
+        return {template["name"]: template["template"] for template in value}.get("default")
+    if not isinstance(value, str | None):
+        raise TypeError(f"chat_template is a {type(value).__name__}")
+    return value
