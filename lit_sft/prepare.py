@@ -14,7 +14,8 @@ from lit_sft.layout import check_checkpoint_dir, only_checkpoint_dir
 from lit_sft.prompts import CHAT_TEMPLATE, Sample
 from lit_sft.samples import encode_sample
 from lit_sft.shards import KIND, Example, write_shards
-from lit_sft.sources import Columns, HubDataset, read_samples
+from lit_sft.rows import Columns
+from lit_sft.sources import HubDataset, read_samples
 from lit_sft.tokenizer import Tokenizer
 
 
@@ -35,9 +36,10 @@ def prepare(args: PrepareArgs, source: Path | HubDataset, name: str, columns: Co
     style = args.prompt_style or (CHAT_TEMPLATE if tokenizer.chat_template else "alpaca")
     if args.ignore_index is not None:
         print("--ignore_index has no effect: labels are stored as a mask, by position")
-    samples, skipped = read_samples(source, columns, args.on_error, multiturn)
+    samples, skipped, description = read_samples(source, columns, args.on_error, multiturn)
+    print(f"reading {description}")
     for problem in skipped[:10]:
-        print(f"skipped: {problem.place}: {problem.why}")
+        print(f"skipped: {problem}")
     examples = [
         _encode(sample, style, tokenizer, args.mask_prompt) for sample in tqdm(samples, "tokenizing", disable=None)
     ]

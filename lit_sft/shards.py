@@ -78,7 +78,7 @@ class Shards:
         offsets = [shard["offsets"] for shard in self.shards]
         self.starts = torch.cat([o[:-1] for o in offsets]) if offsets else torch.empty(0, dtype=torch.int64)
         full = torch.cat([o.diff() for o in offsets]) if offsets else torch.empty(0, dtype=torch.int64)
-        self.lengths = full.clamp(max=max_seq_length)
+        self.lengths = full if max_seq_length is None else full.clamp(max=max_seq_length)
         self.n_cut = int((full > self.lengths).sum())
         self.shard_of = torch.cat([torch.full((len(o) - 1,), i) for i, o in enumerate(offsets)]) if offsets else full
         self.n_labels = self._count_labels()

@@ -102,6 +102,10 @@ class Tokenizer:
         """The id of the control token written ``text``, None when there is none."""
         return self._file.control.get(text)
 
+    def has_control(self, text: str) -> bool:
+        """Whether a control token is written in ``text``, so that reading it with ``control`` makes a difference."""
+        return self._file.pattern.search(text) is not None
+
     def _is_text(self, i: int) -> bool:
         return 0 <= i < self._file.size and i not in self._control_ids
 

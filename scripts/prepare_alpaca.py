@@ -12,7 +12,8 @@ from lit_sft.cli import run
 def main(args: PrepareAlpacaArgs) -> None:
     """Prepare Alpaca, by default into data/alpaca."""
     from lit_sft.hub import fetch_url
-    from lit_sft.sources import Columns, HubDataset
+    from lit_sft.rows import Columns
+    from lit_sft.sources import HubDataset
 
     from lit_sft.prepare import prepare
 

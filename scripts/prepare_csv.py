@@ -11,7 +11,7 @@ from lit_sft.cli import run
 
 def main(args: PrepareArgs) -> None:
     """Prepare ``args.data_file``, by default into data/csv."""
-    from lit_sft.sources import Columns
+    from lit_sft.rows import Columns
 
     from lit_sft.errors import InputError
     from lit_sft.prepare import prepare

@@ -11,7 +11,8 @@ from lit_sft.cli import run
 
 def main(args: PrepareLimaArgs) -> None:
     """Prepare LIMA, by default into data/lima."""
-    from lit_sft.sources import Columns, HubDataset
+    from lit_sft.rows import Columns
+    from lit_sft.sources import HubDataset
 
     from lit_sft.prepare import prepare
 
