@@ -11,13 +11,12 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RevisionNotFoundError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils import build_hf_headers, get_token_to_send
 
 from lit_sft.args import DownloadArgs
 from lit_sft.atomic import fsync, lock, sha256_of, write_atomically
@@ -49,7 +48,7 @@ def download(args: DownloadArgs) -> Path:
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", args.repo_id or "", re.ASCII):
         raise InputError(f"--repo_id {args.repo_id!r} is not of the form ORG/MODEL; without it, known ones are listed")
-    token = (args.access_token or get_token() or "").strip()
+    token = (get_token_to_send(args.access_token or None) or "").strip()
     if not re.fullmatch(r"[!-~]*", token):
         raise InputError("the Hub token contains a character that no token has; copy it again")
     directory = Path(args.checkpoint_dir or CHECKPOINTS / args.repo_id)
@@ -84,8 +83,11 @@ def download(args: DownloadArgs) -> Path:
 
 
 def fetch_url(url: str, path: Path) -> Path:
-    """Fetch a file from an http(s) address to ``path``, which is returned; InputError when that fails."""
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+    """Fetch a file from an http(s) address to ``path``, which is returned; replaced only by a whole file.
+
+    No token is sent. InputError: the address is not one, or does not give the file.
+    """
+    if not re.fullmatch(r"https?://[^\s/:?#]+(:\d+)?([/?#]\S*)?", url):
         raise InputError(f"{url!r} is not an http or https address")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
@@ -198,7 +200,7 @@ def _missing(directory: Path, record: dict) -> list[str]:
 
 
 def _explain(error: Exception, args: DownloadArgs, token: str) -> tuple[str, bool]:
-    """Why the Hub did not give it and what to do, on one line; and whether that is a matter of time."""
+    """Why the Hub did not give it and what to do, on one line; and whether it may give it at another time."""
     hub, page = constants.ENDPOINT, f"{constants.ENDPOINT}/{args.repo_id}"
     response = error.response if isinstance(error, HfHubHTTPError) else None
     status = response.status_code if response is not None else None

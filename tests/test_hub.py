@@ -313,6 +313,7 @@ def test_fetch_url(tmp_path):
             f"{hub.url}/nowhere",
             f"{hub.url}/org/data/resolve/main/late.json",
             "file:///etc/passwd",
+            "http://[",
             "data.json",
         ):
             with pytest.raises(InputError, match=re.escape(url)):
