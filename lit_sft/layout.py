@@ -21,6 +21,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "chat_template.jinja",
 )
+DOWNLOAD_RECORD = "download.json"
 
 # out_dir
 RUN_ARGUMENTS = "run.yaml"
