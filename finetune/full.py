@@ -8,14 +8,13 @@ from lit_sft.cli import run
 
 def main(args: FullTrainArgs) -> None:
     """Train all weights on ``args.data_dir`` and save the model, a checkpoint_dir, to ``args.out_dir``/model."""
-    from lit_sft.tokenizer import Tokenizer
-
     from lit_sft import checkpoint, layout, optim, runtime
     from lit_sft.batches import TrainSteps, ValRows
     from lit_sft.generate import sampler
     from lit_sft.loop import fit
     from lit_sft.run import check_shards, finish, open_run, resolve_args, saver
     from lit_sft.shards import Shards
+    from lit_sft.tokenizer import Tokenizer
 
     fabric = runtime.launch(args)
 

@@ -12,8 +12,6 @@ from lit_sft.cli import run
 
 def main(args: LoRATrainArgs) -> None:
     """Train an adapter on ``args.data_dir`` and save it to ``args.out_dir``/adapter."""
-    from lit_sft.tokenizer import Tokenizer
-
     from lit_sft import checkpoint, layout, optim, runtime
     from lit_sft.batches import TrainSteps, ValRows
     from lit_sft.generate import sampler
@@ -21,6 +19,7 @@ def main(args: LoRATrainArgs) -> None:
     from lit_sft.lora import apply_lora
     from lit_sft.run import check_shards, finish, open_run, resolve_args, saver
     from lit_sft.shards import Shards
+    from lit_sft.tokenizer import Tokenizer
 
     fabric = runtime.launch(args)
 

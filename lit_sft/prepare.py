@@ -12,9 +12,9 @@ from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError
 from lit_sft.layout import check_checkpoint_dir, only_checkpoint_dir
 from lit_sft.prompts import CHAT_TEMPLATE, Sample
+from lit_sft.rows import Columns
 from lit_sft.samples import encode_sample
 from lit_sft.shards import KIND, Example, write_shards
-from lit_sft.rows import Columns
 from lit_sft.sources import HubDataset, read_samples
 from lit_sft.tokenizer import Tokenizer
 

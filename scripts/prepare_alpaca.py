@@ -12,10 +12,9 @@ from lit_sft.cli import run
 def main(args: PrepareAlpacaArgs) -> None:
     """Prepare Alpaca, by default into data/alpaca."""
     from lit_sft.hub import fetch_url
+    from lit_sft.prepare import prepare
     from lit_sft.rows import Columns
     from lit_sft.sources import HubDataset
-
-    from lit_sft.prepare import prepare
 
     if args.data_file:
         source = Path(args.data_file)

@@ -11,10 +11,9 @@ from lit_sft.cli import run
 
 def main(args: PrepareArgs) -> None:
     """Prepare ``args.data_file``, by default into data/csv."""
-    from lit_sft.rows import Columns
-
     from lit_sft.errors import InputError
     from lit_sft.prepare import prepare
+    from lit_sft.rows import Columns
 
     if args.data_file is None:
         raise InputError("--csv_path is missing; name the CSV to prepare")

@@ -11,10 +11,9 @@ from lit_sft.cli import run
 
 def main(args: PrepareDatasetArgs) -> None:
     """Prepare the data, by default into data/<name of the file or dataset>."""
+    from lit_sft.prepare import prepare
     from lit_sft.rows import Columns
     from lit_sft.sources import HubDataset
-
-    from lit_sft.prepare import prepare
 
     if args.data_file:
         source, name = Path(args.data_file), Path(args.data_file).stem

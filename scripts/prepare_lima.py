@@ -11,10 +11,9 @@ from lit_sft.cli import run
 
 def main(args: PrepareLimaArgs) -> None:
     """Prepare LIMA, by default into data/lima."""
+    from lit_sft.prepare import prepare
     from lit_sft.rows import Columns
     from lit_sft.sources import HubDataset
-
-    from lit_sft.prepare import prepare
 
     source = Path(args.data_file) if args.data_file else HubDataset(args.data_repo_id, token=args.access_token)
     prepare(args, source, "lima", Columns(messages="conversations"), args.include_multiturn_conversations)

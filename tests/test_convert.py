@@ -157,7 +157,9 @@ def test_converting_again_leaves_no_file_of_the_first_time(tmp_path: Path, monke
 def test_tied_head_in_the_file_must_be_the_embedding(tmp_path: Path) -> None:
     make_hf_llama(tmp_path, tie_word_embeddings=True)
     weights = load_file(tmp_path / "model.safetensors")
-    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
+    save_file(
+        weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors"
+    )
     model = load_model(convert_dir(tmp_path))
     assert model.lm_head.weight is model.wte.weight
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, tmp_path / "model.safetensors")
@@ -169,7 +171,10 @@ def test_tied_head_in_the_file_must_be_the_embedding(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), r"'model\.layers\.1\.mlp\.up_proj\.weight' is missing"),
-        (lambda w: w.update({"model.layers.0.extra.weight": torch.ones(2)}), r"'model\.layers\.0\.extra\.weight' is unknown"),
+        (
+            lambda w: w.update({"model.layers.0.extra.weight": torch.ones(2)}),
+            r"'model\.layers\.0\.extra\.weight' is unknown",
+        ),
         (lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.ones(96, 64)}), "not part of the model"),
         (lambda w: w.update({"model.norm.weight": torch.ones(65)}), r"has shape \(65,\); config.json asks for \(64,\)"),
         (lambda w: w.update({"lm_head.weight": torch.ones(400, 64, dtype=torch.int8)}), "not supported|quantized"),
@@ -236,7 +241,10 @@ def test_a_hostile_pickle_is_not_run(tmp_path: Path) -> None:
     make_hf_llama(tmp_path)
     canary = tmp_path.parent / "canary"
     (tmp_path / "model.safetensors").unlink()
-    for write in (lambda p: torch.save({"x": Hostile(canary)}, p), lambda p: p.write_bytes(pickle.dumps(Hostile(canary)))):
+    for write in (
+        lambda p: torch.save({"x": Hostile(canary)}, p),
+        lambda p: p.write_bytes(pickle.dumps(Hostile(canary))),
+    ):
         write(tmp_path / "pytorch_model.bin")
         with pytest.raises(InputError, match="it was not run"):
             convert_dir(tmp_path)

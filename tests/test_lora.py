@@ -114,7 +114,9 @@ def test_only_the_adapter_trains_in_fp32_beside_a_bf16_base(tmp_path: Path) -> N
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in lora_state_dict(model).values())
 
 
-def dropped(lengths: list[int], examples: list[int], step: int = 1, number: int = 0, seed: int = 9) -> list[torch.Tensor]:
+def dropped(
+    lengths: list[int], examples: list[int], step: int = 1, number: int = 0, seed: int = 9
+) -> list[torch.Tensor]:
     """The mask of each example of a row, (length, 40)."""
     dropout = ExampleDropout(0.25, seed)
     dropout.begin_row(step, examples, lengths, torch.device("cpu"))

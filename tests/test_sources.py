@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hub_server
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -471,21 +472,20 @@ HUB = {
 @pytest.fixture(scope="module")
 def hub_answers(tmp_path_factory):
     """What a process that uses a local Hub reads from each dataset of HUB."""
-    server = pytest.importorskip("hub_server", reason="the local Hub of the download's tests is not there")
     plain = b'{"prompt": "Q1", "output": "A1"}\n{"prompt": "Q2", "output": "A2"}\n'
     datasets = {
-        "me/plain": server.Repo({"train.jsonl": plain, "test.jsonl": b'{"prompt": "T", "output": "A"}\n'}),
-        "me/mixed": server.Repo(
+        "me/plain": hub_server.Repo({"train.jsonl": plain, "test.jsonl": b'{"prompt": "T", "output": "A"}\n'}),
+        "me/mixed": hub_server.Repo(
             {"train.jsonl": f"{dialogue(ASKED, ANSWERED | {'weight': 1})}\n{dialogue(ASKED, ANSWERED)}\n".encode()}
         ),
-        "GAIR/lima": server.Repo({"lima.py": SCRIPT, "train.jsonl": LIMA, "test.jsonl": LIMA}, token="hf_mine"),
-        "me/made": server.Repo({"made.py": SCRIPT, "raw.tar": b"x"}, branches={"refs/convert/parquet": CONVERTED}),
-        "me/odd": server.Repo({"train.jsonl": b'{"a": "Q", "b": "A"}\n'}),
-        "me/broken": server.Repo({"train.jsonl": b'{"prompt": "Q", "output": "A"}\n{broken\n'}),
-        "me/down": server.Repo({"train.jsonl": plain}, faults={"api": server.Fault("500")}),
+        "GAIR/lima": hub_server.Repo({"lima.py": SCRIPT, "train.jsonl": LIMA, "test.jsonl": LIMA}, token="hf_mine"),
+        "me/made": hub_server.Repo({"made.py": SCRIPT, "raw.tar": b"x"}, branches={"refs/convert/parquet": CONVERTED}),
+        "me/odd": hub_server.Repo({"train.jsonl": b'{"a": "Q", "b": "A"}\n'}),
+        "me/broken": hub_server.Repo({"train.jsonl": b'{"prompt": "Q", "output": "A"}\n{broken\n'}),
+        "me/down": hub_server.Repo({"train.jsonl": plain}, faults={"api": hub_server.Fault("500")}),
     }
     home = tmp_path_factory.mktemp("home")
-    with server.HubServer({}, datasets) as hub:
+    with hub_server.HubServer({}, datasets) as hub:
         environment = {
             **os.environ,
             "HF_ENDPOINT": hub.url,
