@@ -106,9 +106,14 @@ def lock(directory: Path) -> Iterator[None]:
         yield
 
 
+def without_secrets(text: str) -> str:
+    """``text`` with Hub tokens, and what follows a flag named like ``--access_token`` or a typo of it, as ``***``."""
+    return re.sub(r"\bhf_\w+|(--(?!max)[\w-]*token[= ]\s*)[^\s;]+", r"\1***", text, flags=re.IGNORECASE)
+
+
 def command_line() -> str:
-    """The command as typed, with the value of ``--access_token`` left out: secrets never reach a file."""
-    return re.sub(r"(--access_token[= ])\S+", r"\1***", " ".join(sys.argv))
+    """The command as typed, without the secrets in it: they never reach a file."""
+    return without_secrets(" ".join(sys.argv))
 
 
 @dataclass
