@@ -247,6 +247,7 @@ class GenerateArgs(Args):
 
     def checks(self) -> dict[str, bool]:  # noqa: D102
         return super().checks() | {
+            "--prompt is empty": not self.prompt,
             f"--max_new_tokens {self.max_new_tokens} must be above 0": self.max_new_tokens < 1,
             f"--num_samples {self.num_samples} must be above 0": self.num_samples < 1,
             f"--temperature {self.temperature} must not be negative": not self.temperature >= 0,
