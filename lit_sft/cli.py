@@ -23,9 +23,9 @@ class Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Raise InputError with the complaint folded onto one line, in the user's words rather than Python's."""
         text = without_secrets(" ".join(message.split()))
-        text = re.sub(r"Does not .* Subtypes: \[(.+?), <class 'NoneType'>\].* value:", r"Expected a \1. Got value:", text)
-        text = re.sub(r'Parser key "(\w+)": Expected a (.+?)\. Got value:', r"--\1: expected \2, got", text)
-        text = re.sub(r"<class '(\w+)'>|typing\.(Literal)", r"\1\2", text)
+        text = re.sub(r"Does not .* Subtypes: \[(.+?), <class 'None.* value:", r"Expected a \1. Got value:", text)
+        text = re.sub(r": Expected a (.+?)\. Got value:", r": expected \1, got", text)
+        text = re.sub(r"<class '(\w+)'>|typing\.(Literal)", r"\1\2", re.sub(r'Parser key "(\w+)"', r"--\1", text))
         if "expected one argument" in text:
             text += " (one that begins with a dash is written --FLAG=VALUE)"
         raise InputError(f"{text}; {self.prog} --help lists the flags")
