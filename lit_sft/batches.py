@@ -74,7 +74,7 @@ class TrainSteps:
         n = len(shards)
         self.batch_size = args.global_batch_size or min(DEFAULT_BATCH_SIZE, max(1, n // 4))
         self.per_epoch = ceil(n / self.batch_size)
-        limits = [args.max_steps] + [args.epochs * self.per_epoch if args.epochs else None]
+        limits = [args.max_steps, args.epochs * self.per_epoch if args.epochs else None]
         if args.max_iters:
             epochs, rest = divmod(args.max_iters * args.micro_batch_size, n)
             limits.append(epochs * self.per_epoch + ceil(rest / self.batch_size))

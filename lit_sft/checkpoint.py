@@ -136,7 +136,7 @@ def load_adapter(model: GPT, adapter_dir: str | Path, checkpoint_dir: Path) -> N
 
 
 def copy_tensors(targets: dict[str, Tensor], path: Path) -> None:
-    """Fill ``targets`` in place from a safetensors file that must hold exactly them; InputError names the difference."""
+    """Fill ``targets`` in place from a safetensors file that must hold exactly them; InputError names what differs."""
     with safe_open(path, framework="pt") as file, torch.no_grad():
         if different := sorted(set(file.keys()) ^ set(targets)):
             raise InputError(f"{path} does not fit the model: {different[0]} is in one only ({len(different)} in all)")

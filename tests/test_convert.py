@@ -287,7 +287,8 @@ def test_memory_stays_near_the_largest_source_shard(tmp_path: Path) -> None:
         "        status = Path('/proc/self/status').read_text()\n"
         "        peak[0] = max(peak[0], int(re.search(r'RssAnon:\\s+(\\d+)', status)[1])); time.sleep(0.005)\n"
         "threading.Thread(target=watch, daemon=True).start()\n"
-        "convert_checkpoint(ConvertArgs(checkpoint_dir=sys.argv[1], dtype=sys.argv[2] if len(sys.argv) > 2 else None))\n"
+        "dtype = sys.argv[2] if len(sys.argv) > 2 else None\n"
+        "convert_checkpoint(ConvertArgs(checkpoint_dir=sys.argv[1], dtype=dtype))\n"
         "print('peak', peak[0])"
     )
 
