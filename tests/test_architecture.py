@@ -106,7 +106,8 @@ NAMED = {"prompts", "tokenizer", "args", "generate"}
 @pytest.mark.parametrize("room", [r for r in MODULES if not r.startswith("families/") and r not in NAMED])
 def test_family_names_stay_in_families(room: str) -> None:
     names = re.compile(r"llama|mistral|falcon|qwen|gemma|pythia|neox|phi-?3", re.IGNORECASE)
-    assert not [s for s in strings_of_code(MODULES[room]) if names.search(s)]
+    found = {s for s in strings_of_code(MODULES[room]) if names.search(s)}
+    assert found <= {"llama3"}  # the name of a rope scaling, in every config.json
 
 
 def public_definitions() -> list[tuple[str, ast.AST]]:
