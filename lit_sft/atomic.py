@@ -128,7 +128,7 @@ class Manifest:
     command: str = field(default_factory=lambda: command_line())
 
     def write(self, directory: Path, names: Iterable[str], hashes: dict[str, str] | None = None) -> None:
-        """Record the files ``names`` of ``directory`` (size, sha256; ``hashes`` holds those already known), then itself."""
+        """Record the files ``names`` of ``directory`` (size, sha256; ``hashes``: those already known), then itself."""
         for name in sorted(names):
             digest = (hashes or {}).get(name) or sha256_of(directory / name)
             self.files[name] = {"bytes": (directory / name).stat().st_size, "sha256": digest}
@@ -136,7 +136,7 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path, kind: str | None = None) -> "Manifest":
-        """The manifest of ``directory``; InputError when absent, unreadable, newer than this program, or of another kind."""
+        """The manifest of ``directory``; InputError when absent, unreadable, of a newer format or another kind."""
         path = directory / MANIFEST
         try:
             manifest = cls(**json.loads(path.read_text()))
@@ -153,7 +153,7 @@ class Manifest:
         return manifest
 
     def check_files(self, directory: Path, content: bool = True) -> None:
-        """Require every recorded file, with its size and (``content``) its sha256; InputError names the first that differs."""
+        """Require every recorded file, its size and (``content``) sha256; InputError names the first that differs."""
         for name, fact in self.files.items():
             path = directory / name
             if not path.is_file():

@@ -74,7 +74,7 @@ class TrainSteps:
         n = len(shards)
         self.batch_size = args.global_batch_size or min(DEFAULT_BATCH_SIZE, max(1, n // 4))
         self.per_epoch = ceil(n / self.batch_size)
-        limits = [args.max_steps] + [args.epochs * self.per_epoch if args.epochs else None]
+        limits = [args.max_steps, args.epochs * self.per_epoch if args.epochs else None]
         if args.max_iters:
             epochs, rest = divmod(args.max_iters * args.micro_batch_size, n)
             limits.append(epochs * self.per_epoch + ceil(rest / self.batch_size))
@@ -123,6 +123,7 @@ class ValRows:
 
     def __init__(self, shards: Shards, row_tokens: int, world_size: int = 1, rank: int = 0) -> None:
         self.shards = shards
+        row_tokens = max([row_tokens, *shards.lengths.tolist()])  # training's longest may be shorter
         rows: list[list[int]] = []
         for start in range(0, len(shards), DEFAULT_BATCH_SIZE):  # in stretches: packing's cost grows with their square
             rows += pack_rows(shards, list(range(start, min(start + DEFAULT_BATCH_SIZE, len(shards)))), row_tokens)

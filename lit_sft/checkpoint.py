@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from lit_sft.args import LoRAArgs
 from lit_sft.atomic import Manifest, publish_directory, write_atomically
 from lit_sft.config import ModelConfig
-from lit_sft.convert import KIND as CHECKPOINT
-from lit_sft.convert import Weight, read_json, write_checkpoint, write_safetensors
 from lit_sft.errors import InputError
 from lit_sft.layout import (
     ADAPTER_CONFIG,
@@ -26,10 +24,12 @@ from lit_sft.layout import (
     STATES_DIR,
     TOKENIZER_FILES,
     check_checkpoint_dir,
+    read_json,
     state_name,
 )
 from lit_sft.lora import apply_lora, lora_state_dict
 from lit_sft.model import GPT
+from lit_sft.weights import CHECKPOINT, Weight, write_checkpoint, write_safetensors
 
 ADAPTER = "adapter"
 STATE = "state"
@@ -136,7 +136,7 @@ def load_adapter(model: GPT, adapter_dir: str | Path, checkpoint_dir: Path) -> N
 
 
 def copy_tensors(targets: dict[str, Tensor], path: Path) -> None:
-    """Fill ``targets`` in place from a safetensors file that must hold exactly them; InputError names the difference."""
+    """Fill ``targets`` in place from a safetensors file that must hold exactly them; InputError names what differs."""
     with safe_open(path, framework="pt") as file, torch.no_grad():
         if different := sorted(set(file.keys()) ^ set(targets)):
             raise InputError(f"{path} does not fit the model: {different[0]} is in one only ({len(different)} in all)")

@@ -13,7 +13,7 @@ def master_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What the optimizer updates: every trainable parameter by name, in fp32 or better.
 
     A parameter stored in 16 bits gets an fp32 master: its gradients are accumulated there as they arrive, and
-    ``publish`` rounds the updated master back after each step. Without it small updates of 16-bit weights are lost to rounding.
+    ``publish`` rounds the updated master back after each step. Without it 16-bit weights lose small updates.
     """
     masters = {}
     for name, parameter in model.named_parameters():
@@ -33,7 +33,7 @@ def master_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def build_optimizer(model: nn.Module, masters: dict[str, nn.Parameter], args: TrainArgs) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), fused, over ``masters``; updates reach ``model`` by itself."""
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), fused, over ``masters``; each step reaches ``model``."""
     optimizer = torch.optim.AdamW(masters.values(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     optimizer.register_step_post_hook(lambda *_: publish(masters, model))
     return optimizer

@@ -75,7 +75,7 @@ def reduce_gradients(fabric: Fabric, parameters: list[nn.Parameter]) -> None:
 
 
 def reduce(fabric: Fabric, operation: str, *values: float) -> list[float]:
-    """Each value summed over all processes (``operation`` "sum"), or the largest ("max"); in fp64 where there is any."""
+    """Each value summed over all processes (``operation`` "sum"), or the largest of them ("max"); in fp64 if it can."""
     if fabric.world_size == 1:
         return list(values)
     dtype = torch.float32 if fabric.device.type == "mps" else torch.float64

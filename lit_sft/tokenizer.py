@@ -43,7 +43,8 @@ class Tokenizer:
         texts = self._file.special_tokens | config.names
         self.special_tokens: dict[str, str] = {name: text for name, text in texts.items() if text is not None}
         self.bos_id, self.eos_id = (self._find(name, config) for name in ("bos_token", "eos_token"))
-        policy = config.tokenizer_class in LLAMA_CLASSES or self._file.first_id == self.bos_id
+        is_llama = config.tokenizer_class in LLAMA_CLASSES and not self._file.says_bos
+        policy = is_llama or self._file.first_id == self.bos_id
         self.adds_bos: bool = self.bos_id is not None and (policy if config.add_bos is None else config.add_bos)
         stops = {self.eos_id, *config.ids["eos_token"]}
         self.stop_ids: frozenset[int] = frozenset(i for i in stops if i is not None and 0 <= i < self.vocab_size)
@@ -132,6 +133,7 @@ class _SentencePiece:
     """A ``tokenizer.model``, with the tokens that the other files add to it."""
 
     held: frozenset[int] = frozenset()
+    says_bos = False
 
     def __init__(self, raw: bytes, config: TokenizerConfig) -> None:
         model = sentencepiece.SentencePieceProcessor()
@@ -146,7 +148,6 @@ class _SentencePiece:
             raw += _field(1, _field(1, piece.encode()) + bytes([0x18, kind]))
         protos = raw, raw + _field(3, b"\x18\x00")
         self._whole, self._bare = (sentencepiece.SentencePieceProcessor(model_proto=proto) for proto in protos)
-        self._eats_spaces = self._bare.encode(" a") == self._bare.encode("a")
         self.decode, self.size = self._whole.decode, self._whole.vocab_size()
         tokens = [Added(i, p) for i, p in enumerate(pieces) if model.is_control(i) or p in config.special]
         tokens += [t for t in config.added if t.special or (t.special is None and t.id >= size)]
@@ -166,9 +167,10 @@ class _SentencePiece:
         return ids + self._stretch(text[start:], continuation and not start)
 
     def _stretch(self, text: str, continuation: bool) -> list[int]:
+        spaces = text[: len(text) - len(text.lstrip())]
         # where the model removes leading spaces, the dummy prefix is what keeps the one before a word
-        bare = continuation and not (self._eats_spaces and text.startswith(" "))
-        return (self._bare if bare else self._whole).encode(text)
+        eaten = spaces and self._bare.encode(spaces + "a") == self._bare.encode("a")
+        return (self._bare if continuation and not eaten else self._whole).encode(text)
 
     def id(self, text: str) -> int | None:
         i = self.control.get(text, self._whole.piece_to_id(text))
@@ -197,6 +199,8 @@ class _TokenizersFile:
         self.special_tokens: dict[str, str] = {}
         self.id = self._whole.token_to_id
         self.first_id = next(iter(self._whole.encode("a").ids), None)  # not "", to which some add EOS
+        # transformers 5 saves its BOS policy nowhere but here
+        self.says_bos = "TemplateProcessing" in json.dumps(document.get("post_processor"))
 
     def encode(self, text: str, control: bool, continuation: bool) -> list[int]:
         """As tokenizers does; what goes on without a prefix ends at the first control token."""

@@ -10,6 +10,8 @@ from lit_sft.layout import HF_CONFIG
 
 MOST_IDS = 1 << 20  # four times the largest vocabulary known; more is a damaged file
 
+MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")  # the second is transformers 5's name
+
 
 class Added(NamedTuple):
     """A token added to a vocabulary; ``special`` is None where not said; ``lstrip`` takes in the spaces before it."""
@@ -47,8 +49,9 @@ class TokenizerConfig:
             added |= {int(i): _added(int(i), t) for i, t in (settings.get("added_tokens_decoder") or {}).items()}
             if wrong := [t for t in added.values() if type(t.id) is not int or not 0 <= t.id < MOST_IDS]:
                 raise ValueError(f"{wrong[0].text!r} has the id {wrong[0].id!r}")
-            names = {key: _text(value) for key, value in settings.items() if key.endswith("_token") and _is_name(value)}
-            more = [_text(token) for token in settings.get("additional_special_tokens") or []]
+            names = {key: value for key, value in settings.items() if key.endswith("_token") and _is_name(value)}
+            names = {key: _text(value) if value else None for key, value in names.items()}
+            more = [_text(token) for key in MORE_SPECIAL for token in _values(settings.get(key) or [])]
             template = _chat_template(directory, settings.get("chat_template"))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -79,19 +82,23 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _is_name(value: object) -> bool:
-    return value is None or isinstance(value, str | dict)  # add_bos_token and its like are no names
+    return value is None or isinstance(value, str | dict)  # add_bos_token and its like are not
 
 
-def _text(token: str | dict[str, Any] | None) -> str | None:
+def _text(token: str | dict[str, Any]) -> str:
     text = token["content"] if isinstance(token, dict) else token
-    if not isinstance(text, str | None) or text == "":
+    if not isinstance(text, str) or not text:
         raise ValueError(f"{token!r} is no token")
     return text
 
 
+def _values(tokens: list[Any] | dict[str, Any]) -> list[Any]:
+    return list(tokens.values()) if isinstance(tokens, dict) else tokens
+
+
 def _added(i: int, token: dict[str, Any]) -> Added:
     flags = (bool(token.get(flag, False)) for flag in ("special", "lstrip", "rstrip"))
-    return Added(i, token["content"], *flags)
+    return Added(i, _text(token["content"]), *flags)
 
 
 def _ids(value: object) -> list[int]:

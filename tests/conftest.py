@@ -55,7 +55,7 @@ LLAMA = {
 
 
 def make_hf_llama(directory: Path, tokenizer_model: bytes | None = None, seed: int = 0, **config: object) -> object:
-    """Save a random Llama the way transformers does, norms and biases moved off their neutral values; gives the model."""
+    """Save a random Llama the way transformers does, norms and biases moved off their neutral values."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)

@@ -1,0 +1,404 @@
+"""The loop against transformers and peft, and against itself computed in other ways."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_hf_llama
+from test_lora import filled_adapter, to_peft
+
+from finetune import full, lora
+from lit_sft import load_model
+from lit_sft.args import ConvertArgs, FullTrainArgs, LoRAArgs, LoRATrainArgs, PrepareArgs
+from lit_sft.batches import TrainSteps, ValRows
+from lit_sft.checkpoint import load_adapter
+from lit_sft.convert import convert_checkpoint
+from lit_sft.errors import InputError, RunFailed
+from lit_sft.loop import accumulate_gradients, train_step, validate
+from lit_sft.lora import apply_lora, lora_state_dict
+from lit_sft.loss import IGNORE_INDEX
+from lit_sft.optim import build_optimizer, lr_schedule, master_parameters
+from lit_sft.prepare import prepare
+from lit_sft.rows import Columns
+from lit_sft.runtime import launch
+from lit_sft.shards import Shards
+
+
+@pytest.fixture
+def data(checkpoint: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint and the demo's instructions prepared for it: (checkpoint_dir, data_dir)."""
+    base = checkpoint()
+    args = PrepareArgs(checkpoint_dir=str(base), destination_path=str(tmp_path / "data"), val_split_fraction=0.1)
+    return base, prepare(args, ROOT / "demo" / "instructions.csv", "csv", Columns())
+
+
+def lora_args(data_dir: Path, out_dir: Path, **args: object) -> LoRATrainArgs:
+    settings = {"global_batch_size": 24, "learning_rate": 2e-3, "epochs": 2, "device": "cpu"} | args
+    return LoRATrainArgs(data_dir=str(data_dir), out_dir=str(out_dir), **settings)
+
+
+def read_metrics(out_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_ten_steps_have_the_losses_of_transformers_and_peft(data: tuple[Path, Path], tmp_path: Path) -> None:
+    """peft around transformers, one example at a time, its own cross-entropy and AdamW: losses within 1e-4."""
+    base, data_dir = data
+    args = lora_args(data_dir, tmp_path / "out", max_steps=10, micro_batch_tokens=700)
+    fabric, shards = launch(args), Shards(data_dir, "train")
+    steps, lr_at = TrainSteps(shards, args), lr_schedule(args, 10)
+
+    model = load_model(base)
+    apply_lora(model, args, args.seed)
+    theirs = to_peft(model, make_hf_llama(tmp_path / "reference"), args)
+    optimizer = build_optimizer(model, master_parameters(model), args)
+    ours = [train_step(fabric, model, optimizer, lr_at(k), steps[k], args, None) for k in range(1, 11)]
+    assert len(steps[1].rows) > 1, "the rows should be several, or nothing is accumulated"
+
+    parameters = [p for p in theirs.parameters() if p.requires_grad]
+    plain = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+    for record in ours:
+        examples = [shards[i] for i in steps.examples(record["step"])]
+        n_labels = sum(int(mask.sum()) for _, mask in examples)
+        total = 0.0
+        for ids, mask in examples:
+            logits = theirs(ids[None]).logits[0, :-1]
+            labels = ids[1:].where(mask[1:], torch.tensor(IGNORE_INDEX))
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / n_labels
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_norm).item()
+        plain.param_groups[0]["lr"] = record["lr"]
+        plain.step()
+        plain.zero_grad()
+        assert record["n_labels"] == n_labels
+        assert abs(record["loss"] - total) < 1e-4
+        assert abs(record["grad_norm"] - norm) < 1e-3 * norm
+    assert ours[-1]["loss"] < ours[0]["loss"] - 0.05
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_loss_does_not_depend_on_how_a_step_is_packed(data: tuple[Path, Path], tmp_path: Path, dropout: float) -> None:
+    """One example a row up to all in one row, in fp64, with dropout too: losses, gradients and the next steps."""
+    base, data_dir = data
+
+    def run(**packing: int) -> tuple[list[float], list[torch.Tensor], int]:
+        args = lora_args(data_dir, tmp_path, precision="64-true", lora_dropout=dropout, lora_head=True, **packing)
+        fabric, steps = launch(args), TrainSteps(Shards(data_dir, "train"), args)
+        model = load_model(base, dtype=torch.float64)
+        masks = apply_lora(model, args, args.seed)
+        optimizer = build_optimizer(model, master_parameters(model), args)
+        losses = [train_step(fabric, model, optimizer, 1e-3, steps[k], args, masks)["loss"] for k in (1, 2, 3)]
+        accumulate_gradients(fabric, model, steps[4], masks)
+        return losses, [p.grad for p in lora_state_dict(model).values()], len(steps[1].rows)
+
+    losses, grads, n_rows = run(micro_batch_tokens=10_000)
+    assert n_rows == 1
+    longest = int(Shards(data_dir, "train").lengths.max())
+    for packing in ({"micro_batch_tokens": longest}, {"micro_batch_tokens": 500}, {"micro_batch_size": 2}):
+        others, other_grads, n_other = run(**packing)
+        assert n_other > 2
+        assert others == pytest.approx(losses, rel=1e-10, abs=0)
+        for grad, other in zip(grads, other_grads, strict=True):
+            assert torch.allclose(grad, other, rtol=1e-8, atol=1e-13)
+
+
+def test_dropout_changes_the_loss(data: tuple[Path, Path], tmp_path: Path) -> None:
+    base, data_dir = data
+    losses = []
+    for dropout in (0.0, 0.2):
+        args = lora_args(data_dir, tmp_path, lora_dropout=dropout)
+        model = load_model(base)
+        filled = apply_lora(model, args, 0)
+        with torch.no_grad():
+            for p in lora_state_dict(model).values():
+                p.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+        model.train()
+        steps = TrainSteps(Shards(data_dir, "train"), args)
+        losses.append(accumulate_gradients(launch(args), model, steps[1], filled))
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_validation_is_the_mean_over_every_label_of_the_split(data: tuple[Path, Path], tmp_path: Path) -> None:
+    base, data_dir = data
+    reference = make_hf_llama(tmp_path / "reference")
+    total = n_labels = 0
+    shards = Shards(data_dir, "val")
+    for ids, mask in (shards[i] for i in range(len(shards))):
+        labels = ids.where(mask, torch.tensor(IGNORE_INDEX))
+        n = int(mask.sum())
+        with torch.no_grad():
+            total, n_labels = total + reference(ids[None], labels=labels[None]).loss.item() * n, n_labels + n
+    args = lora_args(data_dir, tmp_path / "out")
+    for row_tokens in (200, 8192):
+        ours = validate(launch(args), load_model(base), ValRows(shards, row_tokens))
+        assert ours == pytest.approx(total / n_labels, abs=1e-5)
+    assert validate(launch(args), load_model(base), []) is None
+
+
+def test_epochs_visit_every_example_once_and_the_order_follows_from_the_seed(data: tuple[Path, Path]) -> None:
+    shards = Shards(data[1], "train")
+    steps = TrainSteps(shards, lora_args(data[1], Path("out"), epochs=3))
+    n = len(shards)
+    assert (steps.per_epoch, steps.max_steps) == (math.ceil(n / 24), 3 * math.ceil(n / 24))
+    epochs = [
+        [i for k in range(1, steps.per_epoch + 1) for i in steps.examples(e * steps.per_epoch + k)] for e in range(3)
+    ]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert steps[steps.per_epoch].epoch == 1 and steps[steps.per_epoch + 1].epoch == 2
+    again = TrainSteps(shards, lora_args(data[1], Path("out")))
+    assert again.examples(9) == steps.examples(9) and again.examples(2) == steps.examples(2)
+    assert TrainSteps(shards, lora_args(data[1], Path("out"), seed=1)).examples(1) != steps.examples(1)
+    step = steps[steps.per_epoch]
+    assert step.n_labels == sum(int((row.labels != IGNORE_INDEX).sum()) for row in step.rows)
+    assert step.n_tokens == sum(row.input_ids.numel() for row in step.rows) == int(shards.lengths[step.examples].sum())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_processes_share_a_step_without_loss_or_overlap(data: tuple[Path, Path], world_size: int) -> None:
+    shards, args = Shards(data[1], "train"), lora_args(data[1], Path("out"), micro_batch_tokens=400)
+    alone = TrainSteps(shards, args)[2]
+    shares = [TrainSteps(shards, args, world_size, rank)[2] for rank in range(world_size)]
+    assert sorted(i for s in shares for row in s.rows for i in row.examples) == sorted(alone.examples)
+    assert {s.n_labels for s in shares} == {alone.n_labels}
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [
+        ({"epochs": 3}, 18),
+        ({"epochs": None, "max_steps": 5}, 5),
+        ({"epochs": 1, "max_steps": 50}, 6),
+        ({"max_iters": 30}, 2),  # 30 examples: one step of 24 and a second
+        ({"max_iters": 141}, 6),  # one epoch
+        ({"max_iters": 150}, 7),
+        ({"max_iters": 12, "micro_batch_size": 4}, 2),
+        ({"epochs": 1, "max_iters": 1000}, 6),
+    ],
+)
+def test_the_first_limit_ends_the_run(data: tuple[Path, Path], limits: dict, steps: int) -> None:
+    shards = Shards(data[1], "train")
+    assert len(shards) == 141
+    assert TrainSteps(shards, lora_args(data[1], Path("out"), **limits)).max_steps == steps
+
+
+def test_default_batch_is_at_most_a_quarter_of_a_small_dataset(data: tuple[Path, Path]) -> None:
+    args = lora_args(data[1], Path("out"), global_batch_size=None)
+    assert TrainSteps(Shards(data[1], "train"), args).batch_size == 35
+    assert TrainSteps(Shards(data[1], "val"), args).batch_size == 3
+
+
+def test_a_run_learns_and_leaves_what_it_promises(data: tuple[Path, Path], tmp_path: Path) -> None:
+    base, data_dir = data
+    out = tmp_path / "out"
+    lora.main(lora_args(data_dir, out, epochs=8, eval_interval=12, save_interval=20, learning_rate=5e-3))
+    records = read_metrics(out)
+    assert [r["step"] for r in records] == list(range(1, 49))
+    fields = {"step", "epoch", "loss", "lr", "grad_norm", "n_labels", "n_tokens", "tokens_per_s"}
+    fields |= {"padding_share", "peak_mem_bytes", "seconds"}
+    assert all(r.keys() == fields | ({"val_loss"} if r["step"] % 12 == 0 else set()) for r in records)
+    assert sum(r["loss"] for r in records[-6:]) / 6 < 0.8 * records[0]["loss"]
+    assert {p.name for p in out.iterdir()} == {"adapter", "checkpoints", "metrics.jsonl", "run.yaml", "DONE", ".lock"}
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step-00000040", "step-00000048"]
+    for folder in (out / "adapter", out, out / "checkpoints" / "step-00000048"):  # each is an adapter_dir
+        assert validate(
+            launch(lora_args(data_dir, out)), load_model(base, folder), ValRows(Shards(data_dir, "val"), 8192)
+        ) == pytest.approx(records[-1]["val_loss"], abs=1e-5)
+    with pytest.raises(InputError, match="finished run"):
+        lora.main(lora_args(data_dir, out, epochs=8))
+
+
+def full_args(data_dir: Path, out_dir: Path, **args: object) -> FullTrainArgs:
+    settings = {"global_batch_size": 24, "learning_rate": 1e-3, "epochs": 3, "device": "cpu"} | args
+    return FullTrainArgs(data_dir=str(data_dir), out_dir=str(out_dir), **settings)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_full_fine_tuning_gives_a_checkpoint_of_its_own(
+    data: tuple[Path, Path], tmp_path: Path, precision: str
+) -> None:
+    base, data_dir = data
+    full.main(full_args(data_dir, tmp_path / "out", precision=precision))
+    records = read_metrics(tmp_path / "out")
+    assert records[-1]["loss"] < 0.8 * records[0]["loss"]
+    model = load_model(tmp_path / "out" / "model")
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    fabric = launch(full_args(data_dir, tmp_path, precision=precision))
+    val = validate(fabric, model, ValRows(Shards(data_dir, "val"), 8192))
+    assert val == pytest.approx(records[-1]["val_loss"], abs=1e-5)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p.float(), load_model(base).get_parameter(n))}
+    assert changed == {n for n, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("recipe", ["lora", "full"])
+def test_a_stopped_run_goes_on_to_the_same_bits(data: tuple[Path, Path], tmp_path: Path, recipe: str) -> None:
+    """Stopped by max_time after its first step and again later; dropout and several rows a step."""
+    _, data_dir = data
+    main, args = (lora.main, lora_args) if recipe == "lora" else (full.main, full_args)
+    settings = {"micro_batch_tokens": 700, "max_steps": 8, "save_interval": 3, "eval_interval": 4}
+    settings |= {"lora_dropout": 0.1} if recipe == "lora" else {}
+    main(args(data_dir, tmp_path / "whole", **settings))
+    main(args(data_dir, tmp_path / "cut", **settings, max_time=1e-9))
+    assert len(read_metrics(tmp_path / "cut")) == 1 and not (tmp_path / "cut" / "DONE").exists()
+    main(args(data_dir, tmp_path / "cut", **settings, max_time=1e-9))
+    assert len(read_metrics(tmp_path / "cut")) == 2
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # what a kill leaves behind the last saved state
+    main(args(data_dir, tmp_path / "cut", **settings))
+    same = ("step", "epoch", "loss", "lr", "grad_norm", "n_labels", "n_tokens", "val_loss")
+    whole, cut = ([{k: r.get(k) for k in same} for r in read_metrics(tmp_path / name)] for name in ("whole", "cut"))
+    assert whole == cut
+    result = "adapter/adapter.safetensors" if recipe == "lora" else "model/lit_model.safetensors"
+    assert (tmp_path / "whole" / result).read_bytes() == (tmp_path / "cut" / result).read_bytes()
+
+
+def test_a_damaged_state_is_set_aside_for_the_one_before(data: tuple[Path, Path], tmp_path: Path) -> None:
+    _, data_dir = data
+    settings = {"max_steps": 6, "save_interval": 2, "keep_last": 3}
+    lora.main(lora_args(data_dir, tmp_path / "whole", **settings))
+    out = tmp_path / "out"
+    lora.main(lora_args(data_dir, out, **settings))
+    (out / "DONE").unlink()
+    newest = out / "checkpoints" / "step-00000006" / "optimizer.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 1
+    newest.write_bytes(content)
+    lora.main(lora_args(data_dir, out, **settings))
+    assert [r["loss"] for r in read_metrics(out)] == [r["loss"] for r in read_metrics(tmp_path / "whole")]
+    assert any(p.name.startswith(".bad-step-00000006") for p in (out / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 1e-3}, "learning_rate: 0.002 then, 0.001 now"),
+        ({"lora_r": 8}, "lora_r"),
+        ({"max_steps": 9}, "max_steps"),
+        ({"seed": 2}, "seed"),
+        ({"resume": "never"}, "--resume auto goes on"),
+        ({"resume": "out/nothing"}, "no saved state"),
+    ],
+)
+def test_an_unfinished_run_refuses_other_arguments(
+    data: tuple[Path, Path], tmp_path: Path, change: dict, message: str
+) -> None:
+    _, data_dir = data
+    out = tmp_path / "out"
+    lora.main(lora_args(data_dir, out, max_steps=4, max_time=1e-9))
+    before = (out / "run.yaml").read_bytes(), read_metrics(out)
+    with pytest.raises(InputError, match=message):
+        lora.main(lora_args(data_dir, out, **({"max_steps": 4} | change)))
+    assert before == ((out / "run.yaml").read_bytes(), read_metrics(out))
+
+
+def test_changed_data_is_refused(data: tuple[Path, Path], tmp_path: Path) -> None:
+    base, data_dir = data
+    lora.main(lora_args(data_dir, tmp_path / "out", max_steps=4, max_time=1e-9))
+    args = PrepareArgs(checkpoint_dir=str(base), destination_path=str(data_dir), seed=43)
+    prepare(args, ROOT / "demo" / "instructions.csv", "csv", Columns())
+    with pytest.raises(InputError, match="data_fingerprint"):
+        lora.main(lora_args(data_dir, tmp_path / "out", max_steps=4))
+
+
+def test_a_non_finite_loss_stops_before_the_update(data: tuple[Path, Path], tmp_path: Path) -> None:
+    """The base is poisoned: the first step names itself, saves the state before it, and leaves the adapter clean."""
+    base, data_dir = data
+    from safetensors.torch import load_file, save_file
+
+    from lit_sft.atomic import Manifest
+
+    weights = load_file(base / "lit_model.safetensors")
+    weights["blocks.0.mlp.up.weight"][3, 3] = torch.nan
+    save_file(weights, base / "lit_model.safetensors")
+    Manifest("checkpoint", {}).write(base, ["lit_model.safetensors", "model_config.json"])
+    out = tmp_path / "out"
+    with pytest.raises(RunFailed, match=r"step 1: loss nan.*saved .*step-00000000"):
+        lora.main(lora_args(data_dir, out))
+    assert read_metrics(out) == [] and not (out / "adapter").exists()
+    model = load_model(base)
+    load_adapter(model, out / "checkpoints" / "step-00000000", base)
+    assert not any(p.any() for name, p in lora_state_dict(model).items() if name.endswith("lora_B"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
+@pytest.mark.slow
+def test_signals_save_and_the_run_goes_on(data: tuple[Path, Path], tmp_path: Path, number: int, code: int) -> None:
+    _, data_dir = data
+    out = tmp_path / "out"
+    command = [sys.executable, "finetune/lora.py", f"--data_dir={data_dir}", f"--out_dir={out}", "--device=cpu"]
+    command += ["--global_batch_size=24", "--max_steps=2000", "--epochs=null", "--save_interval=100000"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    while not (out / "metrics.jsonl").is_file() or len((out / "metrics.jsonl").read_bytes()) < 500:
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    steps = [r["step"] for r in read_metrics(out)]
+    assert steps == list(range(1, steps[-1] + 1)) and steps[-1] < 2000
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{steps[-1]:08d}"]
+    assert f"stopped by a signal after step {steps[-1]}" in stderr.decode().splitlines()[-1]
+    assert not (out / "DONE").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(data: tuple[Path, Path], tmp_path: Path) -> None:
+    """Two gloo processes: the same losses and adapter as one, to rounding, in fp64."""
+    _, data_dir = data
+    for devices in (1, 2):
+        command = [sys.executable, "finetune/lora.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path / str(devices)}"]
+        command += [
+            "--device=cpu",
+            f"--devices={devices}",
+            "--precision=64-true",
+            "--max_steps=4",
+            "--lora_dropout=0.1",
+        ]
+        command += ["--global_batch_size=24", "--micro_batch_tokens=400", "--eval_interval=2"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+    one, two = read_metrics(tmp_path / "1"), read_metrics(tmp_path / "2")
+    for key in ("loss", "grad_norm", "n_labels", "n_tokens", "val_loss"):
+        assert [r.get(key, 0) for r in two] == pytest.approx([r.get(key, 0) for r in one], rel=1e-9), key
+
+
+def test_two_runs_in_one_out_dir(data: tuple[Path, Path], tmp_path: Path) -> None:
+    from lit_sft.atomic import lock
+
+    with lock(tmp_path / "out"), pytest.raises(InputError, match=f"in use by process {os.getpid()}"):
+        lora.main(lora_args(data[1], tmp_path / "out"))
+
+
+def test_shards_of_another_tokenizer_or_context_are_refused(
+    data: tuple[Path, Path], checkpoint: Callable[..., Path], tmp_path: Path, tokenizer_model: bytes
+) -> None:
+    other = checkpoint("other", max_position_embeddings=40)
+    with pytest.raises(InputError, match="--max_seq_length 40"):
+        lora.main(lora_args(data[1], tmp_path / "out", checkpoint_dir=str(other)))
+    (other / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    convert_checkpoint(ConvertArgs(checkpoint_dir=str(other)))
+    with pytest.raises(InputError, match=f"prepare the data again with --checkpoint_dir {other}"):
+        lora.main(lora_args(data[1], tmp_path / "out", checkpoint_dir=str(other)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    from lit_sft.checkpoint import adapter_facts, save_adapter
+
+    base, other = checkpoint("base"), checkpoint("other", seed=1)
+    model = filled_adapter(base, LoRAArgs())
+    save_adapter(tmp_path / "adapter", model, LoRAArgs(), adapter_facts(base, "alpaca", {2}))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(load_model(base, tmp_path / "adapter")(ids), model(ids))
+    with pytest.raises(InputError, match="was trained on"):
+        load_model(other, tmp_path / "adapter")

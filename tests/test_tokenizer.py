@@ -1,0 +1,633 @@
+"""The oracle is the file's own library: sentencepiece for tokenizer.model, tokenizers for tokenizer.json."""
+
+import io
+import json
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from lit_sft.errors import InputError
+from lit_sft.tokenizer import Tokenizer
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, and then it sleeps in the sun for 12 hours.",
+    "def add(a, b):\n    return a + b  # the sum\n",
+    "Ein Übermaß an Größe: Köln, Zürich, Façade, naïve café",
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "1234567890 3.14159 2024-01-31 the end of the world as we know it",
+] * 20
+TEXTS = [
+    "",
+    " ",
+    "   ",
+    "hello world",
+    " lead",
+    "  two and trail  ",
+    "a  b   c    d",
+    "line one\nline two\r\n\n\n  indented\n",
+    "\tx = 1\n\t\treturn x\t",
+    "0 12 345 6789 3.14 1e-9 ١٢٣",
+    "naïve café, Zürich, Ωμέγα, 日本語のテキスト, 한국어, עברית",
+    "e\u0301 \u00a0 \u200b \u2028 \ufeff",
+    "😀👩‍👩‍👧‍👦🏳️‍🌈 👍🏽",
+    "if x <= 3 and y != 'z': print(f\"{x:>10}\")",
+    "nul \x00 and bell \x07",
+    "▁ is sentencepiece's own, ĠĊ are byte-level BPE's, \ufffd is nobody's",
+    "<0x0A> <0xFF> <unk>",
+]
+CONTROLS = ["<s>", "</s>", "<|endoftext|>", "<|eot_id|>", "<|turn|>", "[INST]"]
+INSTRUCTION = "Say </s>, <|eot_id|> and <|endoftext|> <s>[INST]<|turn|></s></s>!"
+
+# ---- the tokenizers under test, made here
+
+
+def train_sentencepiece(**options) -> bytes:
+    proto = io.BytesIO()
+    defaults = {
+        "vocab_size": 400,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "hard_vocab_limit": False,
+        "minloglevel": 2,
+    }
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=proto, **(defaults | options))
+    return proto.getvalue()
+
+
+def byte_level(add_prefix_space: bool = False) -> tokenizers.Tokenizer:
+    tok = tokenizers.Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tok.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    return tok
+
+
+def neox() -> str:
+    tok = byte_level()
+    tok.normalizer = normalizers.NFC()
+    tok.add_special_tokens(["<|endoftext|>", "<|padding|>"])
+    tok.add_tokens([AddedToken(" " * n, normalized=True) for n in (4, 3, 2)])
+    return tok.to_str()
+
+
+def llama3() -> str:
+    tok = byte_level()
+    tok.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>"])
+    bos = tok.token_to_id("<|begin_of_text|>")
+    tok.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", bos)]),
+        ]
+    )
+    return tok.to_str()
+
+
+def gpt2_with_prefix() -> str:
+    tok = byte_level(add_prefix_space=True)
+    tok.add_special_tokens(["<|endoftext|>"])
+    return tok.to_str()
+
+
+def llama2_json(prefix: str) -> str:
+    """The sentencepiece model as tokenizers' BPE, as transformers converts it: its merges follow from its pieces."""
+    sp = sentencepiece.SentencePieceProcessor(model_proto=made("llama2"))
+    pieces = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece, i in pieces.items()
+        if not (sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i))
+        for cut in range(1, len(piece))
+        if piece[:cut] in pieces and piece[cut:] in pieces
+    ]
+    tok = tokenizers.Tokenizer(models.BPE(pieces, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if prefix == "prepend":
+        tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
+    tok.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tok.add_special_tokens([AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>")])
+    return tok.to_str()
+
+
+def unigram_json() -> str:
+    """A unigram model finds "</s>" in a text by itself, since it is one of its pieces."""
+    letters = [(c, -5.0) for c in sorted(set("".join(CORPUS) + "</s>▁"))]
+    tok = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *letters], 0, False))
+    tok.pre_tokenizer = pre_tokenizers.Metaspace()
+    tok.decoder = decoders.Metaspace()
+    tok.add_special_tokens(["<unk>", "</s>"])
+    return tok.to_str()
+
+
+MAKERS = {
+    "llama2": train_sentencepiece,
+    "no_prefix": lambda: train_sentencepiece(add_dummy_prefix=False, vocab_size=390),
+    "unigram": lambda: train_sentencepiece(
+        model_type="unigram", byte_fallback=False, normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True
+    ),
+    "symbols": lambda: train_sentencepiece(user_defined_symbols=["<|turn|>", "▁▁"], control_symbols=["[INST]"]),
+    "neox": neox,
+    "llama3": llama3,
+    "gpt2": gpt2_with_prefix,
+    "prepend": lambda: llama2_json("prepend"),
+    "metaspace_first": lambda: llama2_json("first"),
+    "metaspace_always": lambda: llama2_json("always"),
+    "unigram_json": unigram_json,
+}
+SENTENCEPIECE = ["llama2", "no_prefix", "unigram", "symbols"]
+LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "LlamaTokenizer"}
+CONFIGS = {
+    "neox": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "tokenizer_class": "GPTNeoXTokenizer"},
+    "llama3": {"bos_token": "<|begin_of_text|>", "eos_token": {"content": "<|eot_id|>"}},
+    "prepend": LLAMA,
+    "metaspace_first": LLAMA,
+    "metaspace_always": LLAMA,
+    "unigram_json": {"eos_token": "</s>"},
+}
+
+
+@cache
+def made(name: str) -> bytes:
+    data = MAKERS[name]()
+    return data if isinstance(data, bytes) else data.encode()
+
+
+def write(directory: Path, name: str, **files) -> Path:
+    """A checkpoint_dir with tokenizer ``name``; ``files``: the JSON beside it, by stem."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / ("tokenizer.model" if name in SENTENCEPIECE else "tokenizer.json")).write_bytes(made(name))
+    for stem, content in (({"tokenizer_config": CONFIGS[name]} if name in CONFIGS else {}) | files).items():
+        (directory / f"{stem}.json").write_text(json.dumps(content))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tokenizers")
+    return cache(lambda name: Tokenizer(write(root / name, name)))
+
+
+@cache
+def library(name: str):
+    """(encode, decode) of the file's own library, control tokens in a text left text."""
+    if name in SENTENCEPIECE:
+        sp = sentencepiece.SentencePieceProcessor(model_proto=made(name))
+        return sp.encode, sp.decode
+    tok = tokenizers.Tokenizer.from_str(made(name).decode())
+    tok.encode_special_tokens = True
+    return lambda text: tok.encode(text, add_special_tokens=False).ids, lambda ids: tok.decode(ids, False)
+
+
+EVERY = pytest.mark.parametrize("name", MAKERS)
+
+
+def without_control(name: str, text: str) -> str:
+    # the unigram tokenizer.json finds control tokens by itself, which is where it is not the oracle
+    return text.replace(">", "") if name == "unigram_json" else text
+
+
+CHARACTERS = st.one_of(
+    st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=20),
+    st.text(alphabet=" \n\tabe<>|/s_▁é€😀\u200d\ufffd", max_size=30),
+    st.lists(st.sampled_from([*TEXTS, "the ", " quick", "\n"]), max_size=4).map("".join),
+)
+FEW = settings(max_examples=60, deadline=None)
+
+# ---- encode
+
+
+@EVERY
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_are_the_librarys(tokenizer_of, name, text):
+    tok, text = tokenizer_of(name), without_control(name, text)
+    ids = library(name)[0](text)
+    assert tok.encode(text, bos=False) == ids
+    assert tok.encode(text) == [tok.bos_id] * tok.adds_bos + ids
+    if tok.bos_id is not None:
+        assert tok.encode(text, bos=True, eos=True) == [tok.bos_id, *ids, tok.eos_id]
+
+
+@EVERY
+@FEW
+@given(text=CHARACTERS)
+def test_ids_of_any_text_are_the_librarys(tokenizer_of, name, text):
+    text = without_control(name, text)
+    assert tokenizer_of(name).encode(text, bos=False) == library(name)[0](text)
+
+
+def test_a_leading_space_comes_after_the_dummy_prefix(tokenizer_of):
+    tok = tokenizer_of("llama2")
+    assert tok.encode(" lead") != tok.encode("lead") and tok.decode(tok.encode(" lead")) == " lead"
+
+
+@pytest.mark.parametrize("text", [t for t in TEXTS if "▁" not in t and not re.search("<0x|<unk>", t)])
+def test_both_files_of_one_model_agree(tokenizer_of, text):
+    if text:  # sentencepiece gives "" no dummy prefix
+        assert tokenizer_of("prepend").encode(text) == tokenizer_of("llama2").encode(text)
+
+
+@EVERY
+@FEW
+@given(parts=st.lists(st.one_of(st.sampled_from([*CONTROLS, "<|begin_of_text|>", "<unk"]), CHARACTERS), max_size=5))
+def test_control_tokens_in_user_text_stay_text(tokenizer_of, name, parts):
+    tok, text = tokenizer_of(name), "".join(parts)
+    unknown = {tok.token_id("<unk>")}  # a character that the model does not know
+    for continuation in (False, True):
+        ids = tok.encode(text, bos=False, continuation=continuation)
+        assert set(ids).isdisjoint(set(tok._control_ids) - unknown)
+
+
+@pytest.mark.parametrize("name", ["llama2", "neox", "llama3", "prepend", "metaspace_first"])
+def test_user_text_comes_back_whole(tokenizer_of, name):
+    tok = tokenizer_of(name)
+    assert tok.decode(tok.encode(INSTRUCTION)) == INSTRUCTION
+
+
+@pytest.mark.parametrize("name", [n for n in MAKERS if n not in SENTENCEPIECE])
+@pytest.mark.parametrize("text", [*TEXTS, INSTRUCTION, "<s>hi</s><s> hi", "x<|eot_id|>  y<|endoftext|>"])
+def test_control_text_of_a_tokenizer_json_is_the_librarys(tokenizer_of, name, text):
+    plain = tokenizers.Tokenizer.from_str(made(name).decode())
+    ids = plain.encode(text, add_special_tokens=False).ids
+    assert tokenizer_of(name).encode(text, bos=False, control=True) == ids
+
+
+def test_control_text_of_sentencepiece_is_encoded_stretch_by_stretch(tokenizer_of):
+    tok, encode = tokenizer_of("llama2"), library("llama2")[0]
+    text = "[INST] hi [/INST] there</s><s>[INST] again"
+    expected = [*encode("[INST] hi [/INST] there"), 2, 1, *encode("[INST] again")]
+    assert tok.encode(text, bos=False, control=True) == expected
+    tok, encode = tokenizer_of("symbols"), library("symbols")[0]
+    ids = [*encode("a"), tok.token_id("[INST]"), *encode("b")]
+    assert tok.encode("a[INST]b", bos=False, control=True) == ids
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(tokenizer_of):
+    for name, bos in (("llama2", "<s>"), ("llama3", "<|begin_of_text|>"), ("prepend", "<s>")):
+        tok = tokenizer_of(name)
+        ids = tok.encode(bos + "hi", control=True)
+        assert ids[0] == tok.bos_id and ids.count(tok.bos_id) == 1
+        assert tok.encode(bos + "hi").count(tok.bos_id) == 1  # the one of the policy; the written one is text
+
+
+@EVERY
+@FEW
+@given(left=CHARACTERS, right=CHARACTERS, space=st.sampled_from([" ", "\n"]))
+def test_a_continuation_goes_on_where_no_merge_crosses_the_join(tokenizer_of, name, left, right, space):
+    tok = tokenizer_of(name)
+    head, tail = (left + "x", " y" + right) if space == " " else (left + "\n", "y" + right)
+    whole = library(name)[0](head + tail)
+    if name == "unigram" and space == "\n":
+        return  # it removes the spaces at the end of a text
+    if any(library(name)[0](head) == whole[:n] for n in range(len(whole) + 1)):  # the join is between two tokens
+        joined = tok.encode(head) + tok.encode(tail, continuation=True)
+        assert joined == tok.encode(head + tail)
+
+
+@pytest.mark.parametrize("name", ["llama2", "no_prefix", "prepend", "metaspace_first", "metaspace_always", "gpt2"])
+def test_a_continuation_has_no_prefix_space(tokenizer_of, name):
+    tok = tokenizer_of(name)
+    assert tok.encode("a\nb") == tok.encode("a\n") + tok.encode("b", continuation=True)
+    if tok.bos_id is not None:
+        assert tok.encode("b", continuation=True, bos=True) == [tok.bos_id, *tok.encode("b", continuation=True)]
+
+
+@pytest.mark.parametrize("name", ["llama2", "prepend", "metaspace_first", "metaspace_always"])
+def test_a_continuation_with_control_tokens_has_no_prefix_up_to_the_first(tokenizer_of, name):
+    tok = tokenizer_of(name)
+    whole = tok.encode("a\nb</s>c </s> d", control=True)
+    assert tok.encode("a\n", control=True) + tok.encode("b</s>c </s> d", control=True, continuation=True) == whole
+
+
+def test_a_model_that_removes_spaces_keeps_the_one_before_a_continuation(tokenizer_of):
+    tok = tokenizer_of("unigram")
+    assert tok.decode(tok.encode("the quick") + tok.encode("  brown  fox", continuation=True)) == "the quick brown fox"
+
+
+def test_encode_refuses_what_it_cannot_do(tokenizer_of):
+    tok = tokenizer_of("gpt2")
+    for asked, name in (({"bos": True}, "BOS"), ({"eos": True}, "EOS")):
+        with pytest.raises(InputError, match=f"no {name} token"):
+            tok.encode("a", **asked)
+    for name in ("llama2", "neox"):
+        with pytest.raises(InputError, match=r"character 2 .* surrogate"):
+            tokenizer_of(name).encode("ab\ud83d")
+
+
+def test_truncation_and_padding_left_in_a_tokenizer_json_are_ignored(tmp_path):
+    left = tokenizers.Tokenizer.from_str(made("neox").decode())
+    left.enable_truncation(4)
+    left.enable_padding(length=9)
+    left.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer(tmp_path).encode("the quick brown fox") == library("neox")[0]("the quick brown fox")
+
+
+@pytest.mark.parametrize("name", ["symbols", "llama3"])
+def test_has_control(tokenizer_of, name):
+    tok = tokenizer_of(name)
+    assert tok.has_control("a[INST]b" if name == "symbols" else "<|eot_id|>")
+    assert not tok.has_control("[inst] <|eot_id |>") and not tok.has_control("")
+
+
+# ---- decode and stream
+
+
+@EVERY
+@FEW
+@given(data=st.data())
+def test_decode_is_the_librarys_without_control_tokens(tokenizer_of, name, data):
+    tok = tokenizer_of(name)
+    ids = data.draw(st.lists(st.integers(0, tok.vocab_size - 1), max_size=12))
+    assert tok.decode(ids) == library(name)[1]([i for i in ids if i not in tok._control_ids])
+
+
+@EVERY
+@FEW
+@given(text=CHARACTERS)
+def test_stream_of_a_text(tokenizer_of, name, text):
+    tok = tokenizer_of(name)
+    pieces = list(tok.stream(tok.encode(text)))
+    assert "".join(pieces) == tok.decode(tok.encode(text))
+    assert all(pieces) and ("\ufffd" in text or not any("\ufffd" in piece for piece in pieces))
+
+
+@EVERY
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_stream_of_any_ids(tokenizer_of, name, data):
+    tok = tokenizer_of(name)
+    ids = st.one_of(st.integers(0, 262), st.integers(0, tok.vocab_size - 1), st.integers(-2, tok.vocab_size + 9))
+    some = data.draw(st.lists(ids, max_size=25))
+    assert "".join(tok.stream(iter(some))) == tok.decode(some)
+
+
+def test_stream_gives_a_character_when_its_last_byte_arrives(tokenizer_of):
+    for name in ("llama2", "neox"):
+        tok, given = tokenizer_of(name), []
+        ids = tok.encode("a😀b", bos=False)
+
+        def one_by_one(ids=ids, given=given):
+            for i in ids:
+                given.append(i)
+                yield i
+
+        for piece in tok.stream(one_by_one()):
+            if "😀" in piece:
+                break
+        assert tok.decode(given) == "a😀"  # not held until the b
+
+
+@pytest.mark.parametrize("name", ["llama2", "neox", "prepend"])
+def test_the_cost_of_a_token_does_not_grow(tokenizer_of, name, monkeypatch):
+    tok, longest = tokenizer_of(name), 0
+    decode = tok._file.decode
+
+    def watched(ids):
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return decode(ids)
+
+    monkeypatch.setattr(tok._file, "decode", watched)
+    list(tok.stream(tok.encode("The quick brown fox   is 😀 for é.\n" * 50)))
+    assert longest < 12
+
+
+@EVERY
+def test_ids_beyond_the_vocabulary_give_no_text(tokenizer_of, name):
+    tok = tokenizer_of(name)
+    ids = tok.encode("the end")
+    assert tok.decode([-100, *ids, tok.vocab_size, 10**9]) == tok.decode(ids)
+    assert tok.decode(ids).lstrip() == "the end"  # byte-level BPE keeps its prefix space
+    assert tok.decode([]) == "" and list(tok.stream([])) == []
+
+
+# ---- what the other files say
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        ("llama2", None, True),
+        ("llama2", {}, True),
+        ("llama2", {"add_bos_token": False}, False),
+        ("llama2", {"tokenizer_class": "LlamaTokenizer"}, True),
+        ("llama2", {"tokenizer_class": "OtherTokenizer"}, False),
+        ("llama2", {"tokenizer_class": "OtherTokenizer", "add_bos_token": True}, True),
+        ("llama2", {"bos_token": None}, False),
+        ("no_prefix", None, True),
+        ("neox", {"bos_token": "<|endoftext|>"}, False),
+        ("neox", {"bos_token": "<|endoftext|>", "add_bos_token": None}, False),
+        ("neox", {"bos_token": "<|endoftext|>", "add_bos_token": True}, True),
+        ("neox", {"add_bos_token": True}, False),  # there is none
+        ("llama3", {"bos_token": "<|begin_of_text|>"}, True),
+        ("llama3", {"bos_token": "<|begin_of_text|>", "tokenizer_class": "PreTrainedTokenizerFast"}, True),
+        ("llama3", {"bos_token": "<|begin_of_text|>", "add_bos_token": False}, False),
+        ("prepend", {"bos_token": "<s>", "tokenizer_class": "LlamaTokenizerFast"}, True),
+        ("prepend", {"bos_token": "<s>", "tokenizer_class": "OtherTokenizer"}, False),
+    ],
+)
+def test_bos_policy(tmp_path, name, config, expected):
+    tok = Tokenizer(write(tmp_path, name, **({} if config is None else {"tokenizer_config": config})))
+    assert tok.adds_bos is expected
+    assert (tok.encode("a")[0] == tok.bos_id) is expected
+
+
+def test_a_template_without_bos_in_tokenizer_json_is_the_policy_even_of_llama(tmp_path):
+    saved = tokenizers.Tokenizer.from_str(made("prepend").decode())  # as transformers 5 writes add_bos_token false
+    saved.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
+    assert Tokenizer(write(tmp_path, "prepend", tokenizer=json.loads(saved.to_str()))).adds_bos is False
+
+
+def test_ends_and_names_of_sentencepiece_alone(tokenizer_of):
+    tok = tokenizer_of("llama2")
+    assert (tok.bos_id, tok.eos_id, tok.stop_ids) == (1, 2, {2})
+    assert tok.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    assert tok.chat_template is None
+    assert [tok.token_id(t) for t in ("<s>", "</s>", "the", "")] == [1, 2, None, None]
+
+
+def test_ends_from_the_configs(tmp_path):
+    ids = {text: library_id("llama3", text) for text in ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")}
+    directory = write(
+        tmp_path,
+        "llama3",
+        tokenizer_config={"add_bos_token": True},
+        generation_config={"eos_token_id": [ids["<|end_of_text|>"], ids["<|eot_id|>"], 10**6, None]},
+        config={"bos_token_id": ids["<|begin_of_text|>"], "eos_token_id": 10**6},
+    )
+    tok = Tokenizer(directory)
+    assert (tok.bos_id, tok.eos_id) == (ids["<|begin_of_text|>"], ids["<|end_of_text|>"])
+    assert tok.stop_ids == {ids["<|end_of_text|>"], ids["<|eot_id|>"]}
+    assert tok.special_tokens == {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+
+
+def library_id(name: str, text: str) -> int:
+    return tokenizers.Tokenizer.from_str(made(name).decode()).token_to_id(text)
+
+
+def test_a_null_bos_is_no_bos_even_if_config_json_has_one(tmp_path):
+    tok = Tokenizer(write(tmp_path, "neox", tokenizer_config={"bos_token": None}, config={"bos_token_id": 3}))
+    assert tok.bos_id is None and "bos_token" not in tok.special_tokens
+
+
+def test_tokenizer_config_goes_before_special_tokens_map(tmp_path):
+    files = {
+        "special_tokens_map": {"eos_token": "</s>", "pad_token": "<unk>"},
+        "tokenizer_config": {"eos_token": "<s>"},
+    }
+    tok = Tokenizer(write(tmp_path, "llama2", **files))
+    assert tok.eos_id == 1 and tok.special_tokens["pad_token"] == "<unk>"
+
+
+ADDED = {
+    "400": {"content": "<|im_start|>", "special": True, "rstrip": True},
+    "401": {"content": "<|im_end|>", "special": True},
+    "403": {"content": "new word", "special": False},
+    "404": {"content": "w" * 300, "special": False},
+    "405": {"content": "the", "special": False},  # a piece has this text already, it keeps it
+}
+
+
+@pytest.fixture
+def extended(tmp_path):
+    size = sentencepiece.SentencePieceProcessor(model_proto=made("llama2")).vocab_size()
+    decoder = {str(int(i) - 400 + size): token for i, token in ADDED.items()}
+    directory = write(
+        tmp_path, "llama2", tokenizer_config={"added_tokens_decoder": decoder}, added_tokens={"<pad>": size + 9}
+    )
+    return Tokenizer(directory), size
+
+
+def test_tokens_added_to_sentencepiece(extended):
+    tok, size = extended
+    encode = library("llama2")[0]
+    start, end, word, long, pad = size, size + 1, size + 3, size + 4, size + 9
+    assert tok.vocab_size == size + 10
+    text = "<|im_start|>\nhi<|im_end|> x<pad>"
+    assert tok.encode(text, bos=False, control=True) == [start, *encode("hi"), end, *encode(" x"), pad]
+    assert tok.encode(text) == [1, *encode(text)]  # as a user writes it
+    assert tok.encode("a new words" + "w" * 300, bos=False) == [*encode("a "), word, *encode("\ns")[2:], long]
+    assert tok.decode([start, word, end, long, size + 2, pad]) == "new word" + "w" * 300
+    assert "".join(tok.stream([word, 300, size + 2, word, 301])) == tok.decode([word, 300, word, 301])
+
+
+def test_user_defined_pieces_that_are_called_special_are_control_tokens(tmp_path):
+    plain = Tokenizer(write(tmp_path / "plain", "symbols"))
+    turn = plain._file._whole.piece_to_id("<|turn|>")
+    assert turn in plain.encode("a<|turn|>b")  # as sentencepiece
+    for files in (
+        {"tokenizer_config": {"added_tokens_decoder": {str(turn): {"content": "<|turn|>", "special": True}}}},
+        {"special_tokens_map": {"additional_special_tokens": ["<|turn|>"]}},
+    ):
+        tok = Tokenizer(write(tmp_path / "special", "symbols", **files))
+        assert turn not in tok.encode("a<|turn|>b<|turn|>") and turn in tok.encode("a<|turn|>b", control=True)
+        assert tok.decode(tok.encode("a<|turn|>b<|turn|>")) == "a<|turn|>b<|turn|>"
+        assert tok.decode([turn]) == ""
+        shutil.rmtree(tmp_path / "special")
+
+
+def test_tokens_that_the_config_calls_special_are_control_tokens_of_a_tokenizer_json(tmp_path):
+    document = json.loads(made("llama3"))
+    for token in document["added_tokens"]:
+        token["special"] = False
+    tok = Tokenizer(write(tmp_path, "llama3", tokenizer=document))
+    assert tok.eos_id not in tok.encode("a<|eot_id|>") and tok.eos_id in tok.encode("a<|eot_id|>", control=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("{{ messages }}", "{{ messages }}"),
+        ([{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}], "D"),
+        ([{"name": "tool_use", "template": "T"}], None),
+        (None, None),
+    ],
+)
+def test_chat_template(tmp_path, value, expected):
+    directory = write(tmp_path, "llama2", tokenizer_config={"chat_template": value})
+    assert Tokenizer(directory).chat_template == expected
+    (directory / "chat_template.jinja").write_text("{{ bos_token }}é", encoding="utf-8")
+    assert Tokenizer(directory).chat_template == "{{ bos_token }}é"
+
+
+# ---- the fingerprint, damage, surroundings
+
+
+def test_fingerprint(tmp_path, tokenizer_of):
+    prints = {name: tokenizer_of(name).fingerprint for name in MAKERS}
+    assert len(set(prints.values())) == len(prints)
+    copy = shutil.copytree(tokenizer_of("llama3").checkpoint_dir, tmp_path / "copy")
+    assert Tokenizer(copy).fingerprint == prints["llama3"]
+    (copy / "chat_template.jinja").write_text("another")
+    write(copy, "llama3", config={"n": 1})
+    assert Tokenizer(copy).fingerprint == prints["llama3"]
+    for number, files in enumerate(
+        (
+            {"tokenizer_config": {"add_bos_token": False}},
+            {"added_tokens": {"<pad>": 500}},
+            {"tokenizer_config": {"eos_token": "<s>"}},
+        )
+    ):
+        assert Tokenizer(write(tmp_path / str(number), "llama2", **files)).fingerprint != prints["llama2"]
+
+
+def test_sentencepiece_goes_first(tmp_path):
+    write(write(tmp_path, "neox"), "llama2")
+    assert Tokenizer(tmp_path).encode("a b", bos=False) == library("llama2")[0]("a b")
+
+
+def test_no_tokenizer(tmp_path):
+    with pytest.raises(InputError, match=rf"{re.escape(str(tmp_path))}.*tokenizer\.model.*tokenizer\.json"):
+        Tokenizer(tmp_path)
+    with pytest.raises(InputError, match="no checkpoint directory"):
+        Tokenizer(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"{}", b"\xff\xfe", b"[]"])
+def test_a_damaged_tokenizer(tmp_path, file, content):
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(str(tmp_path / file))):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "file"), [("llama2", "tokenizer.model"), ("neox", "tokenizer.json")])
+def test_a_truncated_tokenizer(tmp_path, name, file):
+    for length in (len(made(name)) // 2, len(made(name)) - 1):
+        (tmp_path / file).write_bytes(made(name)[:length])
+        with pytest.raises(InputError, match=re.escape(str(tmp_path / file))):
+            Tokenizer(tmp_path)
+
+
+def test_workers_and_threads(tokenizer_of):
+    for name in ("llama2", "llama3"):
+        tok = tokenizer_of(name)
+        expected = [tok.encode(INSTRUCTION), tok.encode(INSTRUCTION, control=True)]
+        copy = pickle.loads(pickle.dumps(tok))
+        assert [copy.encode(INSTRUCTION), copy.encode(INSTRUCTION, control=True)] == expected
+        with ThreadPoolExecutor(4) as pool:
+            found = pool.map(lambda n, tok=tok: tok.encode(INSTRUCTION, control=bool(n % 2)), range(200))
+        assert all(ids == expected[n % 2] for n, ids in enumerate(found))
+
+
+def test_torch_is_not_imported():
+    code = "import sys, lit_sft.tokenizer; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
