@@ -778,9 +778,14 @@ def interrupt(command: list[str], cwd: Path, sign: str) -> Outcome:
     """Start a command, press Ctrl-C when ``sign`` shows in its output, and see how it ends."""
     # The output goes to files: what a process writes after it was interrupted is read whole, and no pipe can fill up.
     with (cwd / "stdout").open("w+") as out, (cwd / "stderr").open("w+") as err:
-        # a session of its own: its Ctrl-C is not ours
         running = subprocess.Popen(
-            command, cwd=cwd, env=environment(PYTHONUNBUFFERED="1"), stdout=out, stderr=err, start_new_session=True
+            command,
+            cwd=cwd,
+            env=environment(PYTHONUNBUFFERED="1"),
+            stdout=out,
+            stderr=err,
+            # tests that run in the background of a shell are deaf to Ctrl-C, and their children with them
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             deadline = time.monotonic() + 40
