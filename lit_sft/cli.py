@@ -1,6 +1,7 @@
 """Both doors of every command: ``python scripts/NAME.py`` and ``lit-sft NAME``. The only user of jsonargparse."""
 
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -56,6 +57,7 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
     """Parse ``argv``, call ``main`` with its dataclass, and turn how it ends into the exit code of the contract."""
     argv = sys.argv[1:] if argv is None else argv
     try:
+        signal.signal(signal.SIGTERM, _terminate)  # an exception, so that what is half written is cleaned up
         if sys.stdout and hasattr(sys.stdout, "reconfigure"):  # a text in any script prints in any locale
             sys.stdout.reconfigure(errors="replace")
         parser = make_parser(main, prog or Path(sys.argv[0]).name)
@@ -75,6 +77,10 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
     except Exception as error:
         code = _complain(error, argv, 1, f"unexpected {type(error).__name__}: {error}; --debug true shows where")
     sys.exit(code)
+
+
+def _terminate(*_: object) -> None:
+    raise Interrupted("error: terminated; nothing was written under its final name", 143)
 
 
 def _complain(error: BaseException, argv: list[str], code: int, message: str | None = None) -> int:
