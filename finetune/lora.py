@@ -1,6 +1,6 @@
 """Fine-tune a model with LoRA: the base stays frozen, small matrices beside its linear layers learn.
 
-Read main from top to bottom: arguments, fabric, data, model, adapter, optimizer, loop, save. An interrupted run goes
+Read main from top to bottom: data, steps, model, adapter, optimizer, loop, result. An interrupted run goes
 on with the same command.
 """
 
@@ -21,14 +21,15 @@ def main(args: LoRATrainArgs) -> None:
     from lit_sft.shards import Shards
     from lit_sft.tokenizer import Tokenizer
 
-    fabric = runtime.launch(args)
-
-    # which examples make each step
+    # the data, and whether they were made for this model
     train = Shards(args.data_dir, "train", args.max_seq_length)
     val = Shards(args.data_dir, "val", args.max_seq_length)
     checkpoint_dir = layout.check_checkpoint_dir(args.checkpoint_dir or train.manifest.facts["checkpoint_dir"])
     tokenizer = Tokenizer(checkpoint_dir)
-    check_shards(train, tokenizer, checkpoint_dir)
+    check_shards(train, val, tokenizer, checkpoint_dir)
+
+    # which examples make each step, on this process
+    fabric = runtime.launch(args)
     train_steps = TrainSteps(train, args, fabric.world_size, fabric.global_rank)
     val_batches = ValRows(val, train_steps.row_tokens, fabric.world_size, fabric.global_rank)
     args = resolve_args(args, checkpoint_dir, runtime.precision(fabric), train_steps)

@@ -1,12 +1,14 @@
 """The loop: one step, validation, and when to save. The one place where ``backward`` is called."""
 
+from __future__ import annotations
+
 import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 
 from lit_sft.args import TrainArgs
@@ -17,6 +19,9 @@ from lit_sft.loss import cross_entropy_sum
 from lit_sft.metrics import Metrics
 from lit_sft.model import GPT
 from lit_sft.runtime import StopSignals, peak_memory, reduce, reduce_gradients
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
 def fit(
@@ -62,7 +67,8 @@ def fit(
             last = number == train_steps.max_steps
             if last or number % args.eval_interval == 0:
                 record["val_loss"] = validate(fabric, model, val_batches)
-                metrics.say(f"step {number}: val loss {record['val_loss']}\n{sample(number)}")
+                val_loss = "none" if record["val_loss"] is None else f"{record['val_loss']:.4f}"
+                metrics.say(f"step {number}: loss {record['loss']:.4f}, val loss {val_loss}\n{sample(number)}")
             metrics.log(record)
             late = args.max_time is not None and time.perf_counter() - started > args.max_time
             exit_code, late = reduce(fabric, "max", signals.exit_code, late)

@@ -43,9 +43,8 @@ class Metrics:
         self.bar.update()
         if self.bar.disable and self._plain_line_due(record["step"]):
             left = (time.perf_counter() - self.started) / (record["step"] - self.done_before)
-            left *= self.max_steps - record["step"]
+            text["left"] = tqdm.format_interval(left * (self.max_steps - record["step"]))
             self.say(f"step {record['step']}/{self.max_steps}: " + ", ".join(f"{k} {v}" for k, v in text.items()))
-            self.say(f"  about {tqdm.format_interval(left)} left")
 
     def _plain_line_due(self, step: int) -> bool:
         now = time.perf_counter()

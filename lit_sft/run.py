@@ -1,14 +1,16 @@
 """The folder of a run: who may write it, what it was started with, whether it goes on or starts."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
-from lightning.fabric import Fabric
 from torch import nn
 
 from lit_sft.args import TrainArgs
@@ -27,17 +29,20 @@ FREE = {
     "eval_interval", "save_interval", "keep_last", "sample_prompt", "checkpoint_dir", "data_dir", "max_iters", "epochs",
 }  # fmt: skip
 
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
-def check_shards(shards: Shards, tokenizer: Tokenizer, checkpoint_dir: Path) -> None:
+
+def check_shards(train: Shards, val: Shards, tokenizer: Tokenizer, checkpoint_dir: Path) -> None:
     """Refuse shards that another tokenizer made, or whose examples are longer than the model's context."""
-    facts = shards.manifest.facts
+    facts = train.manifest.facts
     if facts["tokenizer"] != tokenizer.fingerprint:
         raise InputError(
             f"the shards were made with the tokenizer of {facts['checkpoint_dir']}, not with that of {checkpoint_dir}; "
             f"prepare the data again with --checkpoint_dir {checkpoint_dir}"
         )
     block_size = ModelConfig.from_dir(checkpoint_dir).block_size
-    longest = int(shards.lengths.max()) if len(shards) else 0
+    longest = max(int(shards.lengths.max()) if len(shards) else 0 for shards in (train, val))
     if longest > block_size:
         raise InputError(
             f"the longest example has {longest} tokens, the context of {checkpoint_dir} is {block_size}; "
@@ -47,8 +52,6 @@ def check_shards(shards: Shards, tokenizer: Tokenizer, checkpoint_dir: Path) -> 
 
 def resolve_args(args: TrainArgs, checkpoint_dir: Path, precision: str, steps: TrainSteps) -> TrainArgs:
     """The arguments with every default filled in, as they are saved and compared on resume."""
-    if args.global_batch_size is None:
-        print(f"global batch size {steps.batch_size} ({len(steps.shards)} training examples)")
     return replace(
         args,
         checkpoint_dir=str(checkpoint_dir),
@@ -93,6 +96,9 @@ def _start_or_go_on(args: TrainArgs, shards: Shards) -> Path | None:
         "base_fingerprint": base_fingerprint(Path(args.checkpoint_dir)),
         "data_fingerprint": "+".join(fact["sha256"] for _, fact in sorted(shards.manifest.files.items())),
     }
+    print(f"{len(shards)} training examples, {args.global_batch_size} a step, {args.max_steps} steps")
+    if shards.n_cut:
+        print(f"--max_seq_length {args.max_seq_length} cuts {shards.n_cut} of them")
     state = None
     if path.is_file():
         _compare(yaml.safe_load(path.read_text()) | read_json(inputs_path), arguments | inputs, out_dir)
