@@ -9,6 +9,8 @@ from lit_sft.prompts import CHAT_TEMPLATE, Message, Sample, render
 from lit_sft.shards import Example
 from lit_sft.tokenizer import Tokenizer
 
+LONGEST_CONTROL = 100  # characters of a control token's text
+
 
 def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, mask_prompt: bool) -> Example:
     """The tokens of a dialogue and which of them are to be predicted.
@@ -47,32 +49,53 @@ def stop_ids(style: str, tokenizer: Tokenizer) -> list[int]:
 def _stretches(messages: tuple[Message, ...], style: str, tokenizer: Tokenizer) -> Iterator[tuple[bool, list[int]]]:
     """Prompts and responses in turn: whether it is a response, and its ids."""
     parts = render(messages, style, tokenizer.special_tokens, tokenizer.chat_template)
-    first = True
+    before = None
     for response, stretch in groupby(parts, key=lambda part: part.response):
         stretch = list(stretch)
-        if response and not tokenizer.has_control(stretch[-1].text):
+        last = stretch[-1].text
+        if response and not tokenizer.has_control(last):
             raise InputError(
-                f"prompt style {style!r} ends a response with {stretch[-1].text.strip()!r}, which is no control token "
+                f"prompt style {style!r} ends a response with {last.strip()!r}, which is no control token "
                 f"of {tokenizer.checkpoint_dir}: no answer would ever end; name another --prompt_style"
             )
-        yield response, _encode_stretch(stretch, tokenizer, style, first)
-        first = False
+        ids = _encode_first(stretch, tokenizer, style) if before is None else _encode_next(stretch, tokenizer, before)
+        yield response, ids
+        before = _last_control(last, ids, tokenizer)
 
 
-def _encode_stretch(parts: list[Part], tokenizer: Tokenizer, style: str, first: bool) -> list[int]:
-    """Ids of parts that belong together. A chat template writes its own BOS; a named style gets the model's."""
-    bos = None if first and style != CHAT_TEMPLATE else False
-    if any(not part.control and tokenizer.has_control(part.text) for part in parts):
-        # somebody wrote a control token into a message: only the template's own may be read as such
-        ids = tokenizer.encode("", bos=bos)
-        runs = groupby(parts, key=lambda part: part.control and tokenizer.has_control(part.text))
-        for i, (control, run) in enumerate(runs):
-            text = "".join(part.text for part in run)
-            ids += tokenizer.encode(text, bos=False, control=control, continuation=not first or i > 0)
-    else:
-        text = "".join(part.text for part in parts)
-        control = any(part.control for part in parts)
-        ids = tokenizer.encode(text, bos=bos, control=control, continuation=not first)
-    if first and len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:
+def _encode_first(parts: list[Part], tokenizer: Tokenizer, style: str) -> list[int]:
+    """The ids that a dialogue begins with. A chat template writes its own BOS; a named style gets the model's."""
+    ids = tokenizer.encode("", bos=False if style == CHAT_TEMPLATE else None)
+    for i, (text, control) in enumerate(_runs(parts, tokenizer)):
+        ids += tokenizer.encode(text, bos=False, control=control, continuation=i > 0)
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:
         raise InputError(f"prompt style {style!r} begins with two BOS tokens; name another --prompt_style")
     return ids
+
+
+def _encode_next(parts: list[Part], tokenizer: Tokenizer, before: str) -> list[int]:
+    """The ids of what goes on: from text, or from the control token ``before``, behind which some begin anew."""
+    ids = []
+    for i, (text, control) in enumerate(_runs(parts, tokenizer)):
+        if i == 0 and before and (control or not tokenizer.has_control(text)):
+            ids += tokenizer.encode(before + text, bos=False, control=True, continuation=True)[1:]
+        else:
+            ids += tokenizer.encode(text, bos=False, control=control, continuation=i > 0 or not before)
+    return ids
+
+
+def _runs(parts: list[Part], tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """Texts to encode on their own, and whether control tokens in them are meant: as few as can be.
+
+    One, unless somebody wrote a control token into a message: only the template's own may be read as such.
+    """
+    if not any(tokenizer.has_control(part.text) for part in parts if not part.control):
+        return [("".join(part.text for part in parts), any(part.control for part in parts))]
+    runs = groupby(parts, key=lambda part: part.control and tokenizer.has_control(part.text))
+    return [("".join(part.text for part in run), control) for control, run in runs]
+
+
+def _last_control(text: str, ids: list[int], tokenizer: Tokenizer) -> str:
+    """The control token that ``text`` ends with, with the spaces it may take in, or nothing."""
+    text = text.rstrip()[-LONGEST_CONTROL:]
+    return next((text[k:] for k in range(len(text)) if tokenizer.token_id(text[k:]) == ids[-1]), "")
