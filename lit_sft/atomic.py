@@ -148,7 +148,7 @@ class Manifest:
         return manifest
 
     def check_files(self, directory: Path, content: bool = True) -> None:
-        """Require every recorded file, its size and (``content``) its sha256; InputError names the first that differs."""
+        """Require every recorded file, its size and (``content``) sha256; InputError names the first that differs."""
         for name, fact in self.files.items():
             path = directory / name
             if not path.is_file():

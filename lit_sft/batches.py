@@ -123,6 +123,7 @@ class ValRows:
 
     def __init__(self, shards: Shards, row_tokens: int, world_size: int = 1, rank: int = 0) -> None:
         self.shards = shards
+        row_tokens = max([row_tokens, *shards.lengths.tolist()])  # training's longest may be shorter
         rows: list[list[int]] = []
         for start in range(0, len(shards), DEFAULT_BATCH_SIZE):  # in stretches: packing's cost grows with their square
             rows += pack_rows(shards, list(range(start, min(start + DEFAULT_BATCH_SIZE, len(shards)))), row_tokens)

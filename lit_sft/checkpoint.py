@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from lit_sft.args import LoRAArgs
 from lit_sft.atomic import Manifest, publish_directory, write_atomically
 from lit_sft.config import ModelConfig
-from lit_sft.convert import KIND as CHECKPOINT
-from lit_sft.convert import Weight, read_json, write_checkpoint, write_safetensors
 from lit_sft.errors import InputError
 from lit_sft.layout import (
     ADAPTER_CONFIG,
@@ -26,10 +24,12 @@ from lit_sft.layout import (
     STATES_DIR,
     TOKENIZER_FILES,
     check_checkpoint_dir,
+    read_json,
     state_name,
 )
 from lit_sft.lora import apply_lora, lora_state_dict
 from lit_sft.model import GPT
+from lit_sft.weights import CHECKPOINT, Weight, write_checkpoint, write_safetensors
 
 ADAPTER = "adapter"
 STATE = "state"

@@ -1,48 +1,20 @@
 """Hub checkpoint → ours: names and nothing else change, one tensor in memory at a time."""
 
-import hashlib
-import json
-import os
-import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from lit_sft.args import ConvertArgs
-from lit_sft.atomic import Manifest, fsync, write_atomically
 from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError
 from lit_sft.families import find_family
 from lit_sft.families.family import Family
-from lit_sft.layout import (
-    HF_CONFIG,
-    MANIFEST,
-    MODEL_CONFIG,
-    MODEL_INDEX,
-    MODEL_WEIGHTS,
-    TOKENIZER_FILES,
-    resolve_checkpoint_dir,
-)
+from lit_sft.layout import HF_CONFIG, MANIFEST, read_json, resolve_checkpoint_dir
 from lit_sft.model import GPT
-
-KIND = "checkpoint"
-SHARD_BYTES = 5 * 10**9
-SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One tensor on its way: name and shape known now, content when asked for."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    load: Callable[[], Tensor]
+from lit_sft.weights import SAFETENSORS_NAMES, Weight, write_checkpoint
 
 
 def convert_checkpoint(args: ConvertArgs) -> Path:
@@ -64,19 +36,6 @@ def convert_checkpoint(args: ConvertArgs) -> Path:
     dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in weights})
     print(f"{directory}: {family.name}, {n_parameters:,} parameters, {', '.join(dtypes)}, context {config.block_size}")
     return directory
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; InputError names the file and what is wrong with it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; download the checkpoint again with scripts/download.py") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not an object")
-    return content
 
 
 def source_weights(directory: Path) -> list[Weight]:
@@ -181,74 +140,3 @@ def _check_tied(head: Weight, mapped: dict[str, Weight], source: list[Weight], f
             f"{head.name!r} differs from {embedding.name!r} although config.json ties them; "
             "set tie_word_embeddings to false there if the head is meant to be its own"
         )
-
-
-def write_checkpoint(directory: Path, config: ModelConfig, weights: list[Weight], facts: dict) -> None:
-    """Write weights (in shards past 5 GB), config and, last, the manifest of a checkpoint_dir."""
-    files = plan_shards(weights)
-    hashes = {}
-    total = sum(_n_bytes(w) for w in weights)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as progress:
-        for name, part in files.items():
-            hashes[name] = write_safetensors(directory / name, part, progress.update)
-    if len(files) > 1:
-        weight_map = {w.name: name for name, part in files.items() for w in part}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_atomically(directory / MODEL_INDEX, json.dumps(index, indent=2) + "\n")
-    write_atomically(directory / MODEL_CONFIG, config.to_json())
-    recorded = [*files, MODEL_CONFIG, *([MODEL_INDEX] if len(files) > 1 else [])]
-    recorded += [name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    Manifest(KIND, facts).write(directory, recorded, hashes)
-    for leftover in set(directory.glob("lit_model*")) - {directory / name for name in recorded}:
-        leftover.unlink()  # of an earlier conversion with other shards
-
-
-def plan_shards(weights: list[Weight]) -> dict[str, list[Weight]]:
-    """File name → its tensors, in order, each file at most 5 GB (or one tensor)."""
-    parts: list[list[Weight]] = [[]]
-    for weight in weights:
-        if parts[-1] and sum(map(_n_bytes, parts[-1])) + _n_bytes(weight) > SHARD_BYTES:
-            parts.append([])
-        parts[-1].append(weight)
-    if len(parts) == 1:
-        return {MODEL_WEIGHTS: parts[0]}
-    stem = MODEL_WEIGHTS.removesuffix(".safetensors")
-    return {f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
-
-
-def _n_bytes(weight: Weight) -> int:
-    return torch.Size(weight.shape).numel() * weight.dtype.itemsize
-
-
-def write_safetensors(path: Path, weights: list[Weight], progress: Callable[[int], object] = lambda n: None) -> str:
-    """Write one file tensor by tensor (the library's own writer wants all of them at once); gives its sha256.
-
-    Format: github.com/huggingface/safetensors: the header's length (8 bytes, little-endian), a JSON header padded with
-    spaces to a multiple of 8, the tensors' bytes one behind the other.
-    """
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for weight in weights:
-        start, end = end, end + _n_bytes(weight)
-        dtype = SAFETENSORS_NAMES[weight.dtype]
-        header[weight.name] = {"dtype": dtype, "shape": list(weight.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            for piece in (struct.pack("<Q", len(text)), text):
-                file.write(piece)
-                digest.update(piece)
-            for weight in weights:
-                content = weight.load().contiguous().reshape(-1).view(torch.uint8).numpy().data
-                file.write(content)
-                digest.update(content)
-                progress(len(content))
-        fsync(temporary)
-        temporary.rename(path)
-        fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return digest.hexdigest()

@@ -1,5 +1,6 @@
 """Every name on disk, and the checks that a directory is what a command needs."""
 
+import json
 from pathlib import Path
 
 from lit_sft.errors import InputError
@@ -86,3 +87,16 @@ def check_data_dir(path: str | Path) -> Path:
     if not (directory / MANIFEST).is_file():
         raise InputError(f"{directory} is not prepared: {MANIFEST} missing; run a scripts/prepare_*.py on your data")
     return directory
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; InputError names the file and what is wrong with it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; download the checkpoint again with scripts/download.py") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not an object")
+    return content

@@ -14,7 +14,11 @@ def pack(lengths: list[int], max_tokens: int, max_examples: int | None = None) -
     Returns:
         The rows, each a list of indices into ``lengths`` in ascending order. The result follows from the arguments
         alone. Longest-processing-time-first (Graham 1969) balances; a row more is opened until all fit.
+
+    Raises ValueError when an example is longer than a row.
     """
+    if max(lengths, default=0) > max_tokens:
+        raise ValueError(f"an example of {max(lengths)} tokens does not fit into a row of {max_tokens}")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     n_rows = max(ceil(sum(lengths) / max_tokens), ceil(len(lengths) / max_examples) if max_examples else 1)
     while (rows := _balance(order, lengths, n_rows, max_tokens, max_examples)) is None:

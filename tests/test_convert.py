@@ -9,7 +9,7 @@ import torch
 from conftest import make_hf_llama
 from safetensors.torch import load_file, save_file
 
-from lit_sft import convert, load_model
+from lit_sft import load_model, weights
 from lit_sft.args import ConvertArgs
 from lit_sft.atomic import Manifest
 from lit_sft.convert import convert_checkpoint
@@ -134,7 +134,7 @@ def test_dtype(tmp_path: Path, dtype: str | None) -> None:
 
 def test_large_checkpoints_are_sharded_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = make_hf_llama(tmp_path)
-    monkeypatch.setattr(convert, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 100_000)
     model = load_model(convert_dir(tmp_path))
     index = json.loads((tmp_path / "lit_model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2 and not (tmp_path / "lit_model.safetensors").exists()
@@ -147,7 +147,7 @@ def test_large_checkpoints_are_sharded_with_an_index(tmp_path: Path, monkeypatch
 def test_converting_again_leaves_no_file_of_the_first_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_hf_llama(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "SHARD_BYTES", 100_000)
+        patch.setattr(weights, "SHARD_BYTES", 100_000)
         convert_dir(tmp_path)
     convert_dir(tmp_path)
     assert [p.name for p in tmp_path.glob("lit_model*")] == ["lit_model.safetensors"]

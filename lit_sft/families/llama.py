@@ -9,7 +9,7 @@ from lit_sft.families.family import Family, require
 
 
 def read_rope(hf_config: dict) -> dict:
-    """The rotary fields of a config.json, spelled the old way (rope_theta, rope_scaling) or the new (rope_parameters)."""
+    """The rotary fields of a config.json, spelled as of old (rope_theta, rope_scaling) or anew (rope_parameters)."""
     rope = {**(hf_config.get("rope_scaling") or {}), **(hf_config.get("rope_parameters") or {})}
     theta = rope.get("rope_theta") or hf_config.get("rope_theta") or 10000.0
     kind = rope.get("rope_type") or rope.get("type") or "default"

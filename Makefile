@@ -1,0 +1,45 @@
+# Two commands do all the set-up on a machine with Python 3.11+ and make: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+# the platform's own Python picks the torch build; constraints.txt pins what set-up installs, pyproject.toml the ranges
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test lint clean help
+
+help:
+	@echo "make demo   install into .venv and run the whole road on a tiny model (about a minute of computing)"
+	@echo "make test   install with the test tools, then lint, layering and tests"
+	@echo "make lint   ruff only"
+	@echo "make clean  remove .venv, out/ and the demo's files"
+
+# torch first and by itself: the other packages then find it there, whatever build it is
+.venv/torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "installing torch"
+	@$(PIP) --constraint constraints.txt torch
+	@touch $@
+
+.venv/installed: .venv/torch pyproject.toml
+	@echo "installing lit_sft"
+	@$(PIP) --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	@echo "installing the test tools"
+	@$(PIP) --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: .venv/installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh demo/run.sh
+
+lint: .venv/installed-test
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+test: lint
+	@$(BIN)/python -m pytest -q tests/test_architecture.py
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore tests/test_architecture.py
+
+clean:
+	rm -rf .venv out checkpoints/demo data/demo build *.egg-info
