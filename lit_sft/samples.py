@@ -98,4 +98,5 @@ def _runs(parts: list[Part], tokenizer: Tokenizer) -> list[tuple[str, bool]]:
 def _last_control(text: str, ids: list[int], tokenizer: Tokenizer) -> str:
     """The control token that ``text`` ends with, with the spaces it may take in, or nothing."""
     text = text.rstrip()[-LONGEST_CONTROL:]
-    return next((text[k:] for k in range(len(text)) if tokenizer.token_id(text[k:]) == ids[-1]), "")
+    ends = (text[-n:] for n in range(1, len(text) + 1)) if tokenizer.has_control(text) else ()
+    return next((end for end in ends if tokenizer.token_id(end) == ids[-1]), "")
