@@ -3,8 +3,8 @@
 Validation happens here, once, with every problem reported together; nothing has touched the disk by then.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from lit_sft.errors import InputError
 
@@ -23,12 +23,19 @@ class Args:
     debug: bool = arg(False, "print a traceback when the command fails")
 
     def __post_init__(self) -> None:
+        optional = {f.name: type(None) in get_args(f.type) for f in fields(self)}
+        if nulls := [f"--{f} must not be null" for f, may in optional.items() if not may and getattr(self, f) is None]:
+            raise InputError("; ".join(nulls))
         if problems := [text for text, wrong in self.checks().items() if wrong]:
             raise InputError("; ".join(problems))
 
     def checks(self) -> dict[str, bool]:
         """Problem → whether it is there. Subclasses add their own to ``super().checks()``."""
-        return {}
+        paths = [f.name for f in fields(self) if f.name.endswith(("_dir", "_path", "_file"))]
+        seed = getattr(self, "seed", 0)
+        return {f"--{name} is empty": getattr(self, name) == "" for name in paths} | {
+            f"--seed {seed} must be in [0, 2**32)": not 0 <= seed < 2**32
+        }
 
 
 @dataclass
@@ -240,6 +247,7 @@ class GenerateArgs(Args):
 
     def checks(self) -> dict[str, bool]:  # noqa: D102
         return super().checks() | {
+            "--prompt is empty": not self.prompt,
             f"--max_new_tokens {self.max_new_tokens} must be above 0": self.max_new_tokens < 1,
             f"--num_samples {self.num_samples} must be above 0": self.num_samples < 1,
             f"--temperature {self.temperature} must not be negative": not self.temperature >= 0,

@@ -58,6 +58,17 @@ def replaceable(directory: Path, kind: str) -> bool:
         return False
 
 
+def _alive(pid: int) -> bool:
+    """Whether another process has this number: ours is not writing yet."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
 @contextmanager
 def publish_directory(final: Path, kind: str) -> Iterator[Path]:
     """Yield an empty directory that becomes ``final`` when the block ends well, and vanishes when it does not.
@@ -68,7 +79,10 @@ def publish_directory(final: Path, kind: str) -> Iterator[Path]:
     if not replaceable(final, kind):
         raise InputError(f"{final} exists and is not a {kind} directory of lit_sft; remove it or name another")
     temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our number
+    for leftover in final.parent.glob(f".tmp-{final.name}-*"):
+        pid = leftover.name.rpartition("-")[2]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(leftover)  # of a killed process
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -106,9 +120,14 @@ def lock(directory: Path) -> Iterator[None]:
         yield
 
 
+def without_secrets(text: str) -> str:
+    """``text`` with Hub tokens, and what follows a flag named like ``--access_token`` or a typo of it, as ``***``."""
+    return re.sub(r"\bhf_\w+|(--(?!max)[\w-]*token[= ]\s*)[^\s;]+", r"\1***", text, flags=re.IGNORECASE)
+
+
 def command_line() -> str:
-    """The command as typed, with the value of ``--access_token`` left out: secrets never reach a file."""
-    return re.sub(r"(--access_token[= ])\S+", r"\1***", " ".join(sys.argv))
+    """The command as typed, without the secrets in it: they never reach a file."""
+    return without_secrets(" ".join(sys.argv))
 
 
 @dataclass

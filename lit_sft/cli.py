@@ -1,5 +1,7 @@
 """Both doors of every command: ``python scripts/NAME.py`` and ``lit-sft NAME``. The only user of jsonargparse."""
 
+import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -7,11 +9,12 @@ from dataclasses import MISSING, fields
 from importlib import import_module
 from inspect import cleandoc
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import jsonargparse
 
-from lit_sft import __version__
+import lit_sft
+from lit_sft.atomic import without_secrets
 from lit_sft.errors import InputError, Interrupted, RunFailed
 
 
@@ -19,8 +22,18 @@ class Parser(jsonargparse.ArgumentParser):
     """A parser whose complaint is one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> None:
-        """Raise InputError with the complaint folded onto one line."""
-        raise InputError(f"{' '.join(message.split())}; {self.prog} --help lists the flags")
+        """Raise InputError with the complaint folded onto one line, in the user's words rather than Python's."""
+        text = without_secrets(" ".join(message.split()))
+        text = re.sub(r"Does not .* Subtypes: \[(.+?), <class 'None.* value:", r"Expected a \1. Got value:", text)
+        text = re.sub(r": Expected a (.+?)\. Got value:", r": expected \1, got", text)
+        text = re.sub(r"<class '(\w+)'>|typing\.(Literal)", r"\1\2", re.sub(r'Parser key "(\w+)"', r"--\1", text))
+        if "expected one argument" in text:
+            text += " (one that begins with a dash is written --FLAG=VALUE)"
+        raise InputError(f"{text}; {self.prog} --help lists the flags")
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """The text of --print_config: a token is not for files, so it is left out."""
+        return re.sub(r"(?m)^(access_token:).*(\n .*)*", r"\1 null", super().dump(*args, **kwargs))
 
 
 def make_parser(main: Callable, prog: str) -> Parser:
@@ -33,7 +46,10 @@ def make_parser(main: Callable, prog: str) -> Parser:
     for f in fields(arguments):
         default = f.default_factory() if f.default is MISSING else f.default
         names = [f"--{name}" for name in (f.name, *f.metadata["aliases"])]
-        parser.add_argument(*names, type=types[f.name], default=default, help=f.metadata["help"])
+        # optional text is plain text to the parser, which otherwise reads "~" and "# x" as YAML's null; a file's null
+        # reaches any flag and is judged by Args
+        kind = str if types[f.name] == str | None else types[f.name]
+        parser.add_argument(*names, type=kind, default=default, help=f.metadata["help"])
     return parser
 
 
@@ -41,6 +57,7 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
     """Parse ``argv``, call ``main`` with its dataclass, and turn how it ends into the exit code of the contract."""
     argv = sys.argv[1:] if argv is None else argv
     try:
+        signal.signal(signal.SIGTERM, _terminate)  # an exception, so that what is half written is cleaned up
         if sys.stdout and hasattr(sys.stdout, "reconfigure"):  # a text in any script prints in any locale
             sys.stdout.reconfigure(errors="replace")
         parser = make_parser(main, prog or Path(sys.argv[0]).name)
@@ -62,15 +79,22 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
     sys.exit(code)
 
 
+def _terminate(*_: object) -> None:
+    raise Interrupted("error: terminated; nothing was written under its final name", 143)
+
+
 def _complain(error: BaseException, argv: list[str], code: int, message: str | None = None) -> int:
-    if any(flag == "--debug=true" or argv[i : i + 2] == ["--debug", "true"] for i, flag in enumerate(argv)):
-        traceback.print_exception(error)
+    if re.search(r"--debug[= ](true|yes)\b", " ".join(argv), re.IGNORECASE):
+        print(without_secrets("".join(traceback.format_exception(error))), file=sys.stderr, end="")
     print("error: " + " ".join((message or str(error)).split()), file=sys.stderr)
     return code
 
 
 def commands() -> dict[str, str]:
     """Every command's name and module, read from the two folders that hold them."""
+    home = Path(lit_sft.__file__).parent
+    if not (home / "scripts").is_dir() and str(home.parent) not in lit_sft.__path__:
+        lit_sft.__path__.append(str(home.parent))  # a checkout: there they lie beside the package
     found = {}
     for package in ("finetune", "scripts"):
         for folder in import_module(f"lit_sft.{package}").__path__:
@@ -83,7 +107,7 @@ def main() -> None:
     """``lit-sft NAME …``: the installed door to every command."""
     name = sys.argv[1].replace("-", "_") if len(sys.argv) > 1 else "__help"
     if name == "__version":
-        print(f"lit_sft {__version__}")
+        print(f"lit_sft {lit_sft.__version__}")
     elif name in (known := commands()):
         run(import_module(known[name]).main, sys.argv[2:], prog=f"lit-sft {name}")
     else:
@@ -93,7 +117,7 @@ def main() -> None:
             + "\nlit-sft COMMAND --help lists its flags"
         )
         if name not in ("__help", "_h", "help"):
-            print(f"error: unknown command {sys.argv[1]!r}; the commands are listed above", file=sys.stderr)
+            print(f"error: unknown command {without_secrets(sys.argv[1])!r}; they are listed above", file=sys.stderr)
             sys.exit(2)
 
 

@@ -26,6 +26,7 @@ DOWNLOAD_RECORD = "download.json"
 
 # out_dir
 RUN_ARGUMENTS = "run.yaml"
+RUN_INPUTS = "inputs.json"
 METRICS = "metrics.jsonl"
 DONE = "DONE"
 ADAPTER_DIR = "adapter"

@@ -1,5 +1,6 @@
 """The folder of a run: who may write it, what it was started with, whether it goes on or starts."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -16,7 +17,7 @@ from lit_sft.batches import TrainSteps
 from lit_sft.checkpoint import base_fingerprint, newest_state, prune_states, save_state
 from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError
-from lit_sft.layout import ADAPTER_DIR, DONE, MANIFEST, RUN_ARGUMENTS, STATES_DIR, state_name
+from lit_sft.layout import ADAPTER_DIR, DONE, MANIFEST, RUN_ARGUMENTS, RUN_INPUTS, STATES_DIR, read_json, state_name
 from lit_sft.shards import Shards
 from lit_sft.tokenizer import Tokenizer
 
@@ -73,6 +74,7 @@ def open_run(args: TrainArgs, shards: Shards, fabric: Fabric) -> Iterator[Path |
         state = refusal = None
         if fabric.is_global_zero:
             try:
+                _check_resume(args)
                 held.enter_context(lock(Path(args.out_dir)))
                 state = _start_or_go_on(args, shards)
             except InputError as error:
@@ -85,29 +87,36 @@ def open_run(args: TrainArgs, shards: Shards, fabric: Fabric) -> Iterator[Path |
 
 def _start_or_go_on(args: TrainArgs, shards: Shards) -> Path | None:
     out_dir = Path(args.out_dir)
-    if (out_dir / DONE).is_file():
-        raise InputError(f"{out_dir} holds a finished run; name another --out_dir (--resume is for unfinished ones)")
-    path = out_dir / RUN_ARGUMENTS
-    facts = {
-        **{k: v for k, v in asdict(args).items() if k != "debug"},
+    path, inputs_path = out_dir / RUN_ARGUMENTS, out_dir / RUN_INPUTS
+    arguments = {k: v for k, v in asdict(args).items() if k != "debug"}
+    inputs = {
         "base_fingerprint": base_fingerprint(Path(args.checkpoint_dir)),
         "data_fingerprint": "+".join(fact["sha256"] for _, fact in sorted(shards.manifest.files.items())),
     }
     state = None
     if path.is_file():
-        if args.resume == "never":
-            raise InputError(f"{out_dir} holds an unfinished run; --resume auto goes on, or name another --out_dir")
-        _compare(yaml.safe_load(path.read_text()), facts, out_dir)
+        _compare(yaml.safe_load(path.read_text()) | read_json(inputs_path), arguments | inputs, out_dir)
         sweep(out_dir)
         sweep(out_dir / STATES_DIR)
         state = newest_state(out_dir) if args.resume == "auto" else Path(args.resume)
-        if state is not None and not (state / MANIFEST).is_file():
-            raise InputError(f"--resume {args.resume}: no saved state; a folder of {out_dir / STATES_DIR} can be named")
         print(f"going on from {state}" if state else "the run had saved nothing yet; it starts anew")
-    elif args.resume not in ("auto", "never"):
-        raise InputError(f"--resume {args.resume}: {out_dir} holds no run to go on with")
-    write_atomically(path, yaml.safe_dump(facts, sort_keys=False))
+    write_atomically(inputs_path, json.dumps(inputs, indent=2) + "\n")
+    write_atomically(path, yaml.safe_dump(arguments, sort_keys=False))
     return state
+
+
+def _check_resume(args: TrainArgs) -> None:
+    """Refuse what can be refused before anything, the lock included, is written."""
+    out_dir = Path(args.out_dir)
+    if (out_dir / DONE).is_file():
+        raise InputError(f"{out_dir} holds a finished run; name another --out_dir (--resume is for unfinished ones)")
+    if not (out_dir / RUN_ARGUMENTS).is_file():
+        if args.resume not in ("auto", "never"):
+            raise InputError(f"--resume {args.resume}: {out_dir} holds no run to go on with")
+    elif args.resume == "never":
+        raise InputError(f"{out_dir} holds an unfinished run; --resume auto goes on, or name another --out_dir")
+    elif args.resume != "auto" and not (Path(args.resume) / MANIFEST).is_file():
+        raise InputError(f"--resume {args.resume}: no saved state; a folder of {out_dir / STATES_DIR} can be named")
 
 
 def _compare(before: dict, now: dict, out_dir: Path) -> None:

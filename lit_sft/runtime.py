@@ -1,17 +1,22 @@
 """The process: device, precision, signals, memory. All that touches Lightning Fabric before the loop."""
 
+from __future__ import annotations  # Fabric, whose import takes three seconds, is named in signatures only
+
 import os
 import resource
 import signal
 import sys
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.fabric import Fabric
 from torch import nn
 
 from lit_sft.args import TrainArgs
 from lit_sft.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 BASE_DTYPE = {
     "32-true": torch.float32,
@@ -39,6 +44,8 @@ def launch(args: TrainArgs) -> Fabric:
 
     Raises InputError for a precision the device cannot do, or when the number of processes is not the one asked for.
     """
+    from lightning.fabric import Fabric
+
     device = pick_device(args.device)
     precision = args.precision or ("bf16-true" if device == "cuda" else "32-true")
     if precision == "16-mixed" and device == "cpu":
@@ -93,7 +100,7 @@ def peak_memory(device: torch.device) -> int:
 class StopSignals:
     """SIGINT, SIGTERM and SIGUSR1 ask for the current step to be finished and saved; a second one exits at once."""
 
-    def __enter__(self) -> "StopSignals":
+    def __enter__(self) -> StopSignals:
         self.received: int | None = None
         self.previous = {number: signal.signal(number, self._note) for number in EXIT_CODES}
         return self

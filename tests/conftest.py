@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # in-process uses of the Hub's libraries never reach for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

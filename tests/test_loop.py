@@ -205,7 +205,15 @@ def test_a_run_learns_and_leaves_what_it_promises(data: tuple[Path, Path], tmp_p
     fields |= {"padding_share", "peak_mem_bytes", "seconds"}
     assert all(r.keys() == fields | ({"val_loss"} if r["step"] % 12 == 0 else set()) for r in records)
     assert sum(r["loss"] for r in records[-6:]) / 6 < 0.8 * records[0]["loss"]
-    assert {p.name for p in out.iterdir()} == {"adapter", "checkpoints", "metrics.jsonl", "run.yaml", "DONE", ".lock"}
+    assert {p.name for p in out.iterdir()} == {
+        "adapter",
+        "checkpoints",
+        "metrics.jsonl",
+        "run.yaml",
+        "inputs.json",
+        "DONE",
+        ".lock",
+    }
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step-00000040", "step-00000048"]
     for folder in (out / "adapter", out, out / "checkpoints" / "step-00000048"):  # each is an adapter_dir
         assert validate(
