@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from lit_sft.args import PrepareArgs
-from lit_sft.atomic import Manifest, publish_directory
+from lit_sft.atomic import Manifest, publish_directory, replaceable
 from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError
 from lit_sft.layout import MANIFEST, check_checkpoint_dir, only_checkpoint_dir
@@ -45,26 +45,28 @@ def prepare(args: PrepareArgs, source: Path | HubDataset, name: str, columns: Co
         "arguments": {k: v for k, v in asdict(args).items() if k not in ("access_token", "debug")},
     }
     destination = Path(args.destination_path or Path("data") / name)
+    _check_destination(destination)
+    samples, skipped, description = read_samples(source, columns, args.on_error, multiturn)
+    print(f"reading {description}")
+    for problem in skipped[:10]:
+        print(f"skipped: {problem}")
+    progress = tqdm(samples, "tokenizing", disable=None)
+    examples = [_encode(sample, style, tokenizer, args.mask_prompt) for sample in progress]
+    kept, n_cut = fit_lengths(samples, examples, max_seq_length, args.on_overflow, block_size)
+    train, val = split(kept, args.val_split_fraction, args.seed)
+    facts |= {"n_train": len(train), "n_val": len(val), "n_skipped": len(skipped), "n_cut": n_cut}
+    facts |= statistics(examples, kept)
     with publish_directory(destination, KIND) as folder:
-        _refuse_files_of_others(destination)
-        samples, skipped, description = read_samples(source, columns, args.on_error, multiturn)
-        print(f"reading {description}")
-        for problem in skipped[:10]:
-            print(f"skipped: {problem}")
-        progress = tqdm(samples, "tokenizing", disable=None)
-        examples = [_encode(sample, style, tokenizer, args.mask_prompt) for sample in progress]
-        kept, n_cut = fit_lengths(samples, examples, max_seq_length, args.on_overflow, block_size)
-        train, val = split(kept, args.val_split_fraction, args.seed)
-        facts |= {"n_train": len(train), "n_val": len(val), "n_skipped": len(skipped), "n_cut": n_cut}
-        facts |= statistics(examples, kept)
         names = write_shards(folder, "train", train) + write_shards(folder, "val", val)
         Manifest(KIND, facts).write(folder, names)
     print(summary(destination, facts))
     return destination
 
 
-def _refuse_files_of_others(destination: Path) -> None:
-    """An earlier result is replaced as a whole: whatever else somebody keeps beside its shards must not go with it."""
+def _check_destination(destination: Path) -> None:
+    """Refuse what is in the way before the work: also what somebody keeps beside shards, which go as a whole."""
+    if not replaceable(destination, KIND):
+        raise InputError(f"{destination} exists and is not a {KIND} directory of lit_sft; remove it or name another")
     if (destination / MANIFEST).is_file():
         own = {MANIFEST, *Manifest.read(destination).files}
         if others := sorted({path.name for path in destination.iterdir()} - own):
