@@ -50,7 +50,8 @@ def main(args: FullTrainArgs) -> None:
         # the result
         if fabric.is_global_zero:
             model_dir = Path(args.out_dir) / layout.MODEL_DIR
-            checkpoint.save_model(model_dir, model, checkpoint_dir, {"prompt_style": style})
+            facts = {"prompt_style": style, "stop_ids": train.manifest.facts["stop_ids"]}
+            checkpoint.save_model(model_dir, model, checkpoint_dir, facts)
             finish(args, last, model_dir)
 
 

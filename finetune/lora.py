@@ -44,7 +44,7 @@ def main(args: LoRATrainArgs) -> None:
 
         # the loop
         style = train.manifest.facts["prompt_style"]
-        facts = checkpoint.adapter_facts(checkpoint_dir, style, tokenizer.stop_ids)
+        facts = checkpoint.adapter_facts(checkpoint_dir, style, train.manifest.facts["stop_ids"])
         config = {layout.ADAPTER_CONFIG: checkpoint.adapter_json(args, facts)}
         save = saver(fabric, args, layout.ADAPTER_WEIGHTS, trained, optimizer, config)
         sample = sampler(model, tokenizer, style, args.sample_prompt, val if len(val) else train, fabric.autocast)

@@ -100,7 +100,7 @@ def sampler(
     def sample(step: int) -> str:
         model.eval()
         with context():
-            answer = list(generate(model, prompt_ids, SAMPLE_TOKENS, tokenizer.stop_ids))
+            answer = list(generate(model, prompt_ids, SAMPLE_TOKENS, shards.manifest.facts["stop_ids"]))
         return f"  … {question}\n  → {' '.join(tokenizer.decode(answer).split())}"
 
     return sample

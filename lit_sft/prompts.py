@@ -2,14 +2,9 @@
 
 import re
 from dataclasses import dataclass
-from datetime import datetime
-from functools import lru_cache
-from itertools import pairwise
 from typing import Literal
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from lit_sft.chat_template import Part, end_part, render_template
 from lit_sft.errors import InputError
 
 CHAT_TEMPLATE = "chat-template"
@@ -36,17 +31,6 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A stretch of rendered text."""
-
-    text: str
-    control: bool = False
-    """Whether control tokens written in it are meant: true for a template's own text, never for the user's."""
-    response: bool = False
-    """Whether the model is to say it: a response with its end token."""
-
-
-@dataclass(frozen=True)
 class PromptStyle:
     """A named way to write a dialogue. ``{instruction}`` and ``{input}`` are replaced, everything else is literal."""
 
@@ -60,6 +44,8 @@ class PromptStyle:
     default_system: str = ""
     response_prefix: str = ""
     """What stands between the prompt's last token and the response, and is predicted with it."""
+    response_suffix: str = ""
+    """What stands between the response and its end token."""
     bos_each_turn: bool = False
 
 
@@ -83,6 +69,7 @@ PROMPT_STYLES = {
         "[INST] {instruction} [/INST]",
         system="<<SYS>>\n{system}\n<</SYS>>\n\n",
         response_prefix=" ",
+        response_suffix=" ",
         bos_each_turn=True,
     ),
     "vicuna": PromptStyle(
@@ -105,6 +92,8 @@ PROMPT_STYLES = {
         "### User:\n{instruction}\n\n### Assistant:\n",
         later_prompt="\n\n### User:\n{instruction}\n\n### Assistant:\n",
         system="### System:\n{system}\n\n",
+        default_system="You are Stable Beluga, an AI that follows instructions extremely well. "
+        "Help as much as you can. Remember, be safe, and don't do anything illegal.",
     ),
 }
 
@@ -121,12 +110,15 @@ def render(
         special_tokens: the texts of ``bos_token`` and ``eos_token``.
         template: the checkpoint's own Jinja template, for ``chat-template``.
 
-    Raises InputError when the style is unknown, or the template refuses the dialogue or rewrites its contents.
+    Raises InputError when the style is unknown, or the template refuses the dialogue, rewrites its contents or writes
+    them otherwise in a prompt than in a whole dialogue.
     """
     if style == CHAT_TEMPLATE:
         if template is None:
             raise InputError(f"prompt style {CHAT_TEMPLATE!r}: the checkpoint has no chat template; {known_styles()}")
-        return _render_template(messages, template, special_tokens)
+        roles = tuple(m.role for m in messages)
+        contents = [m.content if not m.input else f"{m.content}\n\n{m.input}" for m in messages]
+        return render_template(template, roles, contents, special_tokens)
     if style not in PROMPT_STYLES:
         raise InputError(f"unknown prompt style {style!r}; {known_styles()}")
     return _render_style(messages, PROMPT_STYLES[style], special_tokens)
@@ -143,8 +135,8 @@ def _render_style(messages: tuple[Message, ...], style: PromptStyle, special_tok
     first = True
     for message in messages:
         if message.role == "assistant":
-            parts += [Part(style.response_prefix, response=True), Part(message.content, response=True)]
-            parts.append(Part(special_tokens["eos_token"], control=True, response=True))
+            text = style.response_prefix + message.content + style.response_suffix
+            parts += [Part(text, response=True), end_part(special_tokens)]
         elif message.role == "user":
             values = {"instruction": message.content, "input": message.input}
             form = style.prompt if first or not style.later_prompt else style.later_prompt
@@ -153,85 +145,12 @@ def _render_style(messages: tuple[Message, ...], style: PromptStyle, special_tok
             elif message.input:
                 values["instruction"] += "\n\n" + message.input
             if first and system:
-                before, placeholder, after = form.partition("{instruction}")
-                wrapped = style.system.replace("{system}", system)
+                values["system"] = system
                 # Llama 2 writes the system message inside the first [INST]; elsewhere the form has no text before it
-                form = before + wrapped + placeholder + after if style.bos_each_turn else wrapped + form
+                inside = style.bos_each_turn
+                form = form.replace("{instruction}", style.system + "{instruction}") if inside else style.system + form
             elif not first and style.bos_each_turn:
-                parts.append(Part(special_tokens["bos_token"], control=True))
-            parts.append(Part(re.sub(r"\{(instruction|input)\}", lambda m, v=values: v[m[1]], form)))
+                parts.append(Part(special_tokens.get("bos_token", ""), control=True))
+            parts.append(Part(re.sub(r"\{(system|instruction|input)\}", lambda m, v=values: v[m[1]], form)))
             first = False
     return [part for part in parts if part.text]
-
-
-def _render_template(messages: tuple[Message, ...], template: str, special_tokens: dict[str, str]) -> list[Part]:
-    """Find what is the template's and what is the user's by rendering marks in place of the contents.
-
-    A response begins where the prompt that generation would use ends, and ends after its end token.
-    """
-    to_answer = messages[-1].role == "user"
-    contents = [m.content if not m.input else f"{m.content}\n\n{m.input}" for m in messages]
-    marks = [f"{_PROBE}\ue000{i}\ue001{_PROBE}" for i in range(len(messages))]
-    marked = _jinja(template, messages, marks, special_tokens, to_answer)
-    spans, unended = [], set()
-    for i, message in enumerate(messages):
-        if (times := marked.count(marks[i].strip(_PROBE))) != 1:
-            raise InputError(
-                f"the chat template writes the {message.role}'s turn {i} {times} times; name a --prompt_style"
-            )
-        if message.role == "assistant":
-            prompt = _jinja(template, messages[:i], marks[:i], special_tokens, True)
-            mark = re.search(f"{_PROBE}?\ue000{i}\ue001{_PROBE}?", marked)
-            start = len(prompt) if marked.startswith(prompt) else mark.start()
-            end = re.compile(_END_OF_TURN + "|" + re.escape(special_tokens["eos_token"])).match(marked, mark.end())
-            unended |= set() if end else {i}
-            spans.append((start, end.end() if end else mark.end()))
-    parts, position = [], 0
-    for piece in re.split(f"({_PROBE}?\ue000\\d+\ue001{_PROBE}?)", marked):
-        cuts = sorted({0, len(piece)} | {c - position for span in spans for c in span if 0 < c - position < len(piece)})
-        for start, end in pairwise(cuts):
-            response = any(first <= position + start < last for first, last in spans)
-            if number := re.fullmatch(f"{_PROBE}?\ue000(\\d+)\ue001{_PROBE}?", piece):
-                parts.append(Part(_strip_alike(contents[int(number[1])], piece), False, response))
-                if int(number[1]) in unended:
-                    parts.append(Part(special_tokens["eos_token"], True, True))
-            else:
-                parts.append(Part(piece[start:end], True, response))
-        position += len(piece)
-    if not unended and "".join(p.text for p in parts) != _jinja(
-        template, messages, contents, special_tokens, to_answer
-    ):
-        raise InputError("the chat template rewrites the contents of messages; name a --prompt_style instead")
-    return [part for part in parts if part.text]
-
-
-_PROBE = "\u2003"  # a space that templates strip and do not write: where it is gone, the template strips contents
-_END_OF_TURN = r"\s*(?:<\|[^<>|\s]+\|>|<end_of_turn>|</s>)"
-
-
-def _strip_alike(content: str, piece: str) -> str:
-    content = content if piece.startswith(_PROBE) else content.lstrip()
-    return content if piece.endswith(_PROBE) else content.rstrip()
-
-
-def _jinja(
-    template: str, messages: tuple[Message, ...], contents: list[str], special_tokens: dict[str, str], to_answer: bool
-) -> str:
-    turns = [{"role": m.role, "content": content} for m, content in zip(messages, contents, strict=True)]
-    try:
-        return _compile(template).render(messages=turns, add_generation_prompt=to_answer, **special_tokens)
-    except Exception as error:  # whatever a template written elsewhere runs into
-        raise InputError(f"the chat template refuses the dialogue: {error}") from None
-
-
-@lru_cache(maxsize=4)
-def _compile(template: str) -> jinja2.Template:
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)

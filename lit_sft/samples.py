@@ -1,11 +1,15 @@
 """Text → tokens and labels, made together in one pass."""
 
+from collections.abc import Iterator
 from itertools import groupby
 
+from lit_sft.chat_template import Part
 from lit_sft.errors import InputError
-from lit_sft.prompts import CHAT_TEMPLATE, Message, Part, Sample, render
+from lit_sft.prompts import CHAT_TEMPLATE, Message, Sample, render
 from lit_sft.shards import Example
 from lit_sft.tokenizer import Tokenizer
+
+LONGEST_CONTROL = 100  # characters of a control token's text
 
 
 def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, mask_prompt: bool) -> Example:
@@ -15,16 +19,15 @@ def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, mask_prompt:
     then exactly those that generation starts from, also where the tokenizer would merge across the join. A response's
     last label is its end token. With ``mask_prompt`` false every token but the first is a label.
 
-    Raises InputError when the style cannot write the dialogue or the tokens would begin with two BOS.
+    Raises InputError when the style cannot write the dialogue, the tokens would begin with two BOS, or what ends a
+    response is no control token.
     """
-    parts = render(sample.messages, style, tokenizer.special_tokens, tokenizer.chat_template)
     ids: list[int] = []
     mask: list[bool] = []
     n_prompt = 0
-    for response, stretch in groupby(parts, key=lambda part: part.response):
+    for response, new in _stretches(sample.messages, style, tokenizer):
         if response and not n_prompt:
             n_prompt = len(ids)
-        new = _encode_stretch(list(stretch), tokenizer, style, first=not ids)
         ids += new
         mask += [response or not mask_prompt] * len(new)
     mask[0] = False  # nothing comes before it that could predict it
@@ -33,25 +36,67 @@ def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, mask_prompt:
 
 def encode_prompt(messages: tuple[Message, ...], style: str, tokenizer: Tokenizer) -> list[int]:
     """The ids that generation starts from: those of ``encode_sample`` up to the response that is still to come."""
+    return [i for _, new in _stretches(messages, style, tokenizer) for i in new]
+
+
+def stop_ids(style: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids that end an answer of a model trained in this style: the tokenizer's, and the style's own end token."""
+    messages = (Message("user", "a"), Message("assistant", "a"))
+    *_, end = (new[-1] for response, new in _stretches(messages, style, tokenizer) if response)
+    return sorted({*tokenizer.stop_ids, end})
+
+
+def _stretches(messages: tuple[Message, ...], style: str, tokenizer: Tokenizer) -> Iterator[tuple[bool, list[int]]]:
+    """Prompts and responses in turn: whether it is a response, and its ids."""
     parts = render(messages, style, tokenizer.special_tokens, tokenizer.chat_template)
-    ids: list[int] = []
-    for _, stretch in groupby(parts, key=lambda part: part.response):
-        ids += _encode_stretch(list(stretch), tokenizer, style, first=not ids)
+    before = None
+    for response, stretch in groupby(parts, key=lambda part: part.response):
+        stretch = list(stretch)
+        last = stretch[-1].text
+        if response and not tokenizer.has_control(last):
+            raise InputError(
+                f"prompt style {style!r} ends a response with {last.strip()!r}, which is no control token "
+                f"of {tokenizer.checkpoint_dir}: no answer would ever end; name another --prompt_style"
+            )
+        ids = _encode_first(stretch, tokenizer, style) if before is None else _encode_next(stretch, tokenizer, before)
+        yield response, ids
+        before = _last_control(last, ids, tokenizer)
+
+
+def _encode_first(parts: list[Part], tokenizer: Tokenizer, style: str) -> list[int]:
+    """The ids that a dialogue begins with. A chat template writes its own BOS; a named style gets the model's."""
+    ids = tokenizer.encode("", bos=False if style == CHAT_TEMPLATE else None)
+    for i, (text, control) in enumerate(_runs(parts, tokenizer)):
+        ids += tokenizer.encode(text, bos=False, control=control, continuation=i > 0)
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:
+        raise InputError(f"prompt style {style!r} begins with two BOS tokens; name another --prompt_style")
     return ids
 
 
-def _encode_stretch(parts: list[Part], tokenizer: Tokenizer, style: str, first: bool) -> list[int]:
-    """Ids of parts that belong together. A chat template writes its own BOS; a named style gets the model's."""
-    bos = None if first and style != CHAT_TEMPLATE else False
-    if any(not part.control and tokenizer.has_control(part.text) for part in parts):
-        # somebody wrote a control token into a message: only the template's own may be read as such
-        ids = tokenizer.encode("", bos=bos)
-        for i, part in enumerate(parts):
-            ids += tokenizer.encode(part.text, bos=False, control=part.control, continuation=not first or i > 0)
-    else:
-        text = "".join(part.text for part in parts)
-        control = any(part.control for part in parts)
-        ids = tokenizer.encode(text, bos=bos, control=control, continuation=not first)
-    if first and len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:
-        raise InputError("the prompt begins with two BOS tokens: the text writes one that the tokenizer adds as well")
+def _encode_next(parts: list[Part], tokenizer: Tokenizer, before: str) -> list[int]:
+    """The ids of what goes on: from text, or from the control token ``before``, behind which some begin anew."""
+    ids = []
+    for i, (text, control) in enumerate(_runs(parts, tokenizer)):
+        if i == 0 and before and (control or not tokenizer.has_control(text)):
+            ids += tokenizer.encode(before + text, bos=False, control=True, continuation=True)[1:]
+        else:
+            ids += tokenizer.encode(text, bos=False, control=control, continuation=i > 0 or not before)
     return ids
+
+
+def _runs(parts: list[Part], tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """Texts to encode on their own, and whether control tokens in them are meant: as few as can be.
+
+    One, unless somebody wrote a control token into a message: only the template's own may be read as such.
+    """
+    if not any(tokenizer.has_control(part.text) for part in parts if not part.control):
+        return [("".join(part.text for part in parts), any(part.control for part in parts))]
+    runs = groupby(parts, key=lambda part: part.control and tokenizer.has_control(part.text))
+    return [("".join(part.text for part in run), control) for control, run in runs]
+
+
+def _last_control(text: str, ids: list[int], tokenizer: Tokenizer) -> str:
+    """The control token that ``text`` ends with, with the spaces it may take in, or nothing."""
+    text = text.rstrip()[-LONGEST_CONTROL:]
+    ends = (text[-n:] for n in range(1, len(text) + 1)) if tokenizer.has_control(text) else ()
+    return next((end for end in ends if tokenizer.token_id(end) == ids[-1]), "")

@@ -25,6 +25,17 @@ class Example:
     n_prompt: int
     """Tokens before the first response."""
 
+    @property
+    def n_needed(self) -> int:
+        """Tokens up to the last label: what comes after it teaches nothing."""
+        return next(i for i in range(len(self.labels_mask), 0, -1) if self.labels_mask[i - 1])
+
+    def cut(self, length: int) -> "Example":
+        """The first ``length`` tokens."""
+        if length >= len(self.input_ids):
+            return self
+        return Example(self.input_ids[:length], self.labels_mask[:length], self.n_prompt)
+
 
 def write_shards(directory: Path, split: str, examples: Iterable[Example]) -> list[str]:
     """Write the examples of one split in order; gives the names of the files.
@@ -83,10 +94,17 @@ class Shards:
         self.shard_of = torch.cat([torch.full((len(o) - 1,), i) for i, o in enumerate(offsets)]) if offsets else full
         self.n_labels = self._count_labels()
         if empty := (self.n_labels == 0).nonzero().flatten().tolist():
-            raise InputError(
-                f"{directory}: cut to {max_seq_length} tokens, {len(empty)} {split} examples keep no label "
-                f"(the first: {empty[:5]}); raise --max_seq_length or prepare again with --on_overflow drop"
-            )
+            raise self._refusal(directory, split, empty, full)
+
+    def _refusal(self, directory: Path, split: str, empty: list[int], full: Tensor) -> InputError:
+        """What to do about the examples ``empty``, which a cut from their ``full`` lengths leaves no label."""
+        self.lengths, cut_to = full, int(self.lengths.max())
+        needed = max(int(self[i][1].int().argmax()) for i in empty) + 1
+        return InputError(
+            f"{directory}: cut to {cut_to} tokens, {len(empty)} {split} examples keep no label (the first: "
+            f"{empty[:5]}); --max_seq_length {needed} keeps all, or prepare the data again with "
+            f"--max_seq_length {cut_to} --on_overflow drop"
+        )
 
     def _count_labels(self) -> Tensor:
         counts = []

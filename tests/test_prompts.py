@@ -1,0 +1,396 @@
+"""Named styles against texts written out from what was published; chat templates against transformers' rendering."""
+
+import re
+import threading
+from datetime import datetime
+
+import chat_templates
+import jinja2
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.utils.chat_template_utils import render_jinja_template
+
+import lit_sft.chat_template
+from lit_sft.chat_template import Part
+from lit_sft.errors import InputError
+from lit_sft.prompts import CHAT_TEMPLATE, PROMPT_STYLES, Message, render
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def user(text: str, context: str = "") -> Message:
+    return Message("user", text, context)
+
+
+def assistant(text: str) -> Message:
+    return Message("assistant", text)
+
+
+def system(text: str) -> Message:
+    return Message("system", text)
+
+
+def spell(parts: list[Part]) -> str:
+    """The text, with what the model is to say in guillemets."""
+    text = "".join(f"«{part.text}»" if part.response else part.text for part in parts)
+    return text.replace("»«", "")
+
+
+def refusal(messages: tuple[Message, ...], style: str, template: str | None = None, special: dict = SPECIAL) -> str:
+    with pytest.raises(InputError) as caught:
+        render(messages, style, special, template)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- named styles
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nAdd.\n\n### Response:"
+)
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:"
+)
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+BELUGA = (
+    "### System:\nYou are Stable Beluga, an AI that follows instructions extremely well. Help as much as you can. "
+    "Remember, be safe, and don't do anything illegal.\n\n"
+)
+HERMES = "### Instruction:\nAdd.\n\n### Response:\n"
+PLATYPUS = "### Instruction:\n\nAdd.\n\n### Response:\n"
+ONE, CONTEXT = (user("Add."), assistant("3")), (user("Add.", "1 2"), assistant("3"))
+TWO = (*ONE, user("More."), assistant("4"))
+TOLD = (system("Be brief."), *TWO)
+STYLES = {
+    "plain": ("plain", ONE, "Add.«3</s>»"),
+    "plain, input": ("plain", CONTEXT, "Add.\n\n1 2«3</s>»"),
+    "alpaca": ("alpaca", ONE, ALPACA + "\n«3</s>»"),
+    "alpaca, input": ("alpaca", CONTEXT, ALPACA_INPUT + "\n«3</s>»"),
+    "alpaca, no newline": ("alpaca-no-newline", ONE, ALPACA + "«3</s>»"),
+    "alpaca, no newline, input": ("alpaca-no-newline", CONTEXT, ALPACA_INPUT + "«3</s>»"),
+    "alpaca, turns": (
+        "alpaca",
+        TWO,
+        ALPACA + "\n«3</s>»\n\n### Instruction:\nMore.\n\n### Response:\n«4</s>»",
+    ),
+    "alpaca, system": ("alpaca", (system("Be brief."), *ONE), "Be brief.\n\n" + ALPACA + "\n«3</s>»"),
+    "alpaca, later input": (
+        "alpaca",
+        (*ONE, user("More.", "5"), assistant("4")),
+        ALPACA + "\n«3</s>»\n\n### Instruction:\nMore.\n\n5\n\n### Response:\n«4</s>»",
+    ),
+    "llama2": ("llama2-chat", ONE, "[INST] Add. [/INST]« 3 </s>»"),
+    "llama2, turns": (
+        "llama2-chat",
+        TOLD,
+        "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nAdd. [/INST]« 3 </s>»<s>[INST] More. [/INST]« 4 </s>»",
+    ),
+    "vicuna": ("vicuna", ONE, VICUNA + "USER: Add. ASSISTANT:« 3</s>»"),
+    "vicuna, turns": ("vicuna", TWO, VICUNA + "USER: Add. ASSISTANT:« 3</s>»USER: More. ASSISTANT:« 4</s>»"),
+    "vicuna, system": ("vicuna", TOLD[:3], "Be brief. USER: Add. ASSISTANT:« 3</s>»"),
+    "hermes": ("hermes", ONE, HERMES + "«3</s>»"),
+    "hermes, input": (
+        "hermes",
+        CONTEXT,
+        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n«3</s>»",
+    ),
+    "hermes, turns": ("hermes", TWO, HERMES + "«3</s>»\n\n### Instruction:\nMore.\n\n### Response:\n«4</s>»"),
+    "platypus": ("platypus", ONE, PLATYPUS + "«3</s>»"),
+    "platypus, input": ("platypus", CONTEXT, PLATYPUS.replace("Add.", "Add.\n\n1 2") + "«3</s>»"),
+    "platypus, turns": ("platypus", TWO, PLATYPUS + "«3</s>»\n\n" + PLATYPUS.replace("Add.", "More.") + "«4</s>»"),
+    "beluga": ("beluga", ONE, BELUGA + "### User:\nAdd.\n\n### Assistant:\n«3</s>»"),
+    "beluga, system": (
+        "beluga",
+        TOLD,
+        "### System:\nBe brief.\n\n### User:\nAdd.\n\n### Assistant:\n«3</s>»"
+        "\n\n### User:\nMore.\n\n### Assistant:\n«4</s>»",
+    ),
+}
+
+
+@pytest.mark.parametrize(("style", "messages", "text"), STYLES.values(), ids=STYLES)
+def test_named_styles(style, messages, text):
+    parts = render(messages, style, SPECIAL, None)
+    assert spell(parts) == text
+    assert [part.text for part in parts if part.control] == re.findall("</s>|<s>", text)
+    # generation begins with the same text, at every turn
+    for i, message in enumerate(messages):
+        if message.role == "assistant":
+            before = text.split("«")[: 1 + sum(m.role == "assistant" for m in messages[:i])]
+            prompt = "".join(part.text for part in render(messages[:i], style, SPECIAL, None))
+            assert prompt == "".join(before).replace("»", "")
+
+
+def test_every_style_is_tested():
+    assert {style for style, _, _ in STYLES.values()} == PROMPT_STYLES.keys()
+
+
+TURN = st.text(st.characters(codec="utf-8"), min_size=1)
+
+
+@pytest.mark.parametrize("style", PROMPT_STYLES)
+@settings(max_examples=30, deadline=None)
+@given(texts=st.lists(TURN, min_size=5, max_size=5))
+def test_named_styles_write_any_text_as_it_is(style, texts):
+    """Braces, Jinja, backslashes and other styles' words are text like any other."""
+    messages = (system(texts[0]), user(texts[1]), assistant(texts[2]), user(texts[3]), assistant(texts[4]))
+    plain = [Message(m.role, f"\ue000{i}\ue001") for i, m in enumerate(messages)]
+    pattern = "".join(part.text for part in render(tuple(plain), style, SPECIAL, None))
+    written = "".join(part.text for part in render(messages, style, SPECIAL, None))
+    assert written == re.sub("\ue000(.)\ue001", lambda m: texts[int(m[1])], pattern)
+
+
+@pytest.mark.parametrize("style", PROMPT_STYLES)
+def test_placeholders_in_contents_are_text(style):
+    messages = (system("{instruction}"), user("{input} {system} {{x}}", "{instruction}"), assistant("{input}"))
+    text = "".join(part.text for part in render(messages, style, SPECIAL, None))
+    assert text.count("{input} {system} {{x}}") == 1 and text.count("{instruction}") == 2
+
+
+def test_unknown_style_names_the_known():
+    assert "unknown prompt style 'alpca'; known: plain, alpaca, " in refusal(ONE, "alpca")
+
+
+def test_chat_template_of_a_checkpoint_without():
+    assert "the checkpoint has no chat template; known: " in refusal(ONE, CHAT_TEMPLATE)
+
+
+@pytest.mark.parametrize("template", [None, chat_templates.ENDLESS])
+def test_no_end_token(template):
+    style = CHAT_TEMPLATE if template else "alpaca"
+    assert "the tokenizer has no EOS token" in refusal(ONE, style, template, {"bos_token": "<s>"})
+
+
+def test_llama2_without_bos():
+    assert spell(render(TWO, "llama2-chat", {"eos_token": "</s>"}, None)).count("[INST]") == 2
+
+
+# --- chat templates
+
+CHATML_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+TODAY = datetime.now().strftime("%d %b %Y")
+LLAMA3_SYSTEM = (
+    "<s><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+    f"Today Date: {TODAY}\n\n<|eot_id|>"
+)
+LLAMA3_HEAD = "<|start_header_id|>{}<|end_header_id|>\n\n"
+LLAMA3_TURN = LLAMA3_HEAD.format("user") + "{}<|eot_id|>" + LLAMA3_HEAD.format("assistant") + "«{}<|eot_id|>»"
+CHATML_TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n«{}<|im_end|>»\n"
+GEMMA_TURN = "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n«{}<end_of_turn>»\n"
+SPANS = {  # name → one exchange and two, with what the model is to say
+    "CHATML": (CHATML_SYSTEM, CHATML_TURN, ""),
+    "LLAMA2": ("", "<s>[INST] {} [/INST]« {} </s>»", ""),
+    "LLAMA3": (LLAMA3_SYSTEM, LLAMA3_TURN, ""),
+    "MISTRAL": ("<s>", "[INST] {} [/INST]«{}</s>» ", ""),
+    "MISTRAL_V3": ("<s>", "[INST] {}[/INST]« {}</s>»", ""),
+    "ZEPHYR": ("", "<|user|>\n{}</s>\n<|assistant|>\n«{}</s>»\n", ""),
+    "GEMMA": ("<s>", GEMMA_TURN, ""),
+    "PHI3": ("", "<|user|>\n{}<|end|>\n<|assistant|>\n«{}<|end|>»\n", "</s>"),
+    "MARKED": ("", "<|user|>{}<|end|><|assistant|>«{}<|end|>»", ""),
+}
+
+
+def oracle(messages: tuple[Message, ...], template: str, special: dict = SPECIAL) -> str:
+    """What transformers renders; where the last turn is the user's, with the beginning of an answer."""
+    turns = [{"role": m.role, "content": m.content} for m in messages]
+    prompt = messages[-1].role == "user"
+    rendered, _ = render_jinja_template([turns], chat_template=template, add_generation_prompt=prompt, **special)
+    return rendered[0]
+
+
+@pytest.mark.parametrize("name", SPANS)
+@pytest.mark.parametrize("messages", [ONE, TWO], ids=["one", "two"])
+def test_template_spans(name, messages):
+    template = getattr(chat_templates, name)
+    before, turn, after = SPANS[name]
+    turns = [turn.format(messages[i].content, messages[i + 1].content) for i in range(0, len(messages), 2)]
+    parts = render(messages, CHAT_TEMPLATE, SPECIAL, template)
+    assert spell(parts) == before + "".join(turns) + after
+    assert "".join(part.text for part in parts) == oracle(messages, template)
+
+
+CONTENTS = [
+    ("  spaces around ", " \n and more\t\n"),
+    ("\nnewline first", "\n\nnewlines around\n"),
+    ("{{ bos_token }} {% if x %}", "{# comment #} {{ messages }} {% raw %}"),
+    ("say </s> <s> <|im_end|> [INST]", "<|im_start|>user\n<|eot_id|> <end_of_turn></s> done"),
+    ("\ue0000\ue001 \ue002 private \ue003", "\ue0001\ue001\ue004"),
+    ("\u2003wide\u2003", "\u00a0hard\u3000"),
+    ("same", "same"),
+    ("a", "<think>"),
+    ("```\ncode\n```\r\n", "\\n \\1 $1 %s"),
+]
+TEMPLATES = [name for name in dir(chat_templates) if name.isupper() and name not in ("THINKING", "ENDLESS")]
+NO_SYSTEM = ("GEMMA", "MISTRAL")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("question, answer", CONTENTS)
+def test_templates_as_transformers_renders_them(name, question, answer):
+    template = getattr(chat_templates, name)
+    one = (user(question), assistant(answer))
+    two = (*one, user(answer), assistant(question))
+    cases = [one, two] + ([] if name in NO_SYSTEM else [(system(question), *one)])
+    if name not in (*NO_SYSTEM, "MISTRAL_V3"):
+        cases.append((system(answer), *two))
+    for messages in cases:
+        parts = render(messages, CHAT_TEMPLATE, SPECIAL, template)
+        assert "".join(part.text for part in parts) == oracle(messages, template)
+        # a response is the answer, as the template strips it, and an end token; what precedes it generation writes
+        for i, message in enumerate(messages):
+            prompt = oracle(messages[:i], template) if message.role == "assistant" else ""
+            if message.role == "assistant":
+                assert "".join(p.text for p in render(messages[:i], CHAT_TEMPLATE, SPECIAL, template)) == prompt
+                said = [k for k, part in enumerate(parts) if part.response and not part.control]
+                k = said[sum(m.role == "assistant" for m in messages[:i])]
+                assert parts[k].text.strip() == message.content.strip()
+                begin = next(j for j in range(k, -1, -1) if j == 0 or not parts[j - 1].response)
+                assert "".join(part.text for part in parts[:begin]) == prompt
+                assert parts[k + 1].response and re.fullmatch(r"\s?<[^<>]+>", parts[k + 1].text)
+        assert all(not p.control for p in parts if p.text in (question, answer))
+
+
+TOKENS = ["</s>", "<s>", "<|im_end|>", " ", "\n", "{{", "}}", "{%", "\ue000", "1", "\ue001", "a", "é", "\t", "\u2003"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=30, deadline=None)
+@given(texts=st.lists(st.one_of(TURN, st.lists(st.sampled_from(TOKENS)).map("".join)), min_size=4, max_size=4))
+def test_any_contents_as_transformers(name, texts):
+    texts = [text if text.strip() else text + "x" for text in texts]
+    messages = tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
+    template = getattr(chat_templates, name)
+    try:
+        parts = render(messages, CHAT_TEMPLATE, SPECIAL, template)
+    except InputError as error:  # Qwen3 rewrites thoughts
+        assert "rewrites the contents" in str(error) and "think" in "".join(texts)
+        return
+    assert "".join(part.text for part in parts) == oracle(messages, template)
+    users = [part.text.strip() for part in parts if not part.control]
+    assert users == [text.strip() for text in texts]
+
+
+def test_input_follows_the_instruction():
+    parts = render((user("Add.", "1 2"), assistant("3")), CHAT_TEMPLATE, SPECIAL, chat_templates.CHATML)
+    assert "user\nAdd.\n\n1 2<|im_end|>" in "".join(part.text for part in parts)
+
+
+def test_forgotten_end_token_is_added():
+    parts = render(TWO, CHAT_TEMPLATE, SPECIAL, chat_templates.ENDLESS)
+    assert spell(parts) == "user: Add.\nassistant: «3</s>»\nuser: More.\nassistant: «4</s>»\n"
+    prompt = render(TWO[:3], CHAT_TEMPLATE, SPECIAL, chat_templates.ENDLESS)
+    assert "".join(p.text for p in prompt) == "user: Add.\nassistant: 3</s>\nuser: More.\nassistant: "
+
+
+def test_what_the_template_writes_before_the_end_token_is_said_too():
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<q>' + m.content + '</q>\\n<answer>' }}"
+        "{% else %}{{ m.content + '</answer>\\n' + eos_token }}{% endif %}{% endfor %}"
+    )
+    assert spell(render(ONE, CHAT_TEMPLATE, SPECIAL, template)) == "<q>Add.</q>\n<answer>«3</answer>\n</s>»"
+
+
+def test_json_in_templates_is_plain():
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}{{ {'a': '<é>'} | tojson }}"
+        "{% if add_generation_prompt %}{% endif %}"
+    )
+    template = (
+        "{{ {'a': '<é>'} | tojson(indent=2) }}"
+        + template.partition("{{ {'a'")[0].replace("{{ m.role", "{{ '\\n' + m.role")
+        + "{% if add_generation_prompt %}{{ '\\nassistant: ' }}{% endif %}"
+    )
+    parts = render(ONE, CHAT_TEMPLATE, SPECIAL, template)
+    assert "".join(p.text for p in parts) == oracle(ONE, template)
+    assert '"<é>"' in parts[0].text
+
+
+REFUSED = {
+    "system": (chat_templates.GEMMA, TOLD, "the chat template refuses the dialogue: System role not supported"),
+    "rewritten": (
+        "{% for m in messages %}{{ m.role + ': ' + m.content | upper + eos_token }}{% endfor %}assistant: ",
+        (user("a"), assistant("b")),
+        "rewrites the contents",
+    ),
+    "replaced": (
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content.replace('bad', '***') + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}",
+        (user("a bad word"), assistant("b")),
+        "rewrites the contents",
+    ),
+    "rewritten without an end": (
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content.replace('bad', '***') }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}",
+        (user("a"), assistant("a bad word")),
+        "rewrites the contents",
+    ),
+    "thought": (chat_templates.QWEN3, (user("a"), assistant("<think>x</think>y")), "rewrites the contents"),
+    "dropped": (
+        "{% for m in messages[-2:] %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}",
+        TWO,
+        "writes the user's turn 1 0 times",
+    ),
+    "dropped system": (
+        "{% for m in messages if m.role != 'system' %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}",
+        TOLD,
+        "writes the system's turn 1 0 times",
+    ),
+    "twice": (
+        "{% for m in messages %}{{ m.content + m.content + eos_token }}{% endfor %}",
+        ONE,
+        "writes the user's turn 1 2 times",
+    ),
+    "other prompt": (
+        chat_templates.THINKING,
+        ONE,
+        "prompt for an answer ('<s><|User|>…<|Assistant|><think>\\n') is not",
+    ),
+    "other history": (chat_templates.MISTRAL_V3, TOLD, "is not how the dialogue with the answer begins"),
+    "syntax": ("{% for m in messages %}{{ m.content }", ONE, "refuses the dialogue: unexpected '}'"),
+    "unclosed": ("{% for m in messages %}\n{{ m.content }}", ONE, "refuses the dialogue: Unexpected end of template"),
+    "undefined": ("{{ messages[0].content + nothing.at.all }}", ONE, "'nothing' is undefined"),
+    "long loop": ("{% for i in range(10 ** 9) %}{% endfor %}", ONE, "Range too big"),
+    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", ONE, "recursion"),
+    "escape": ("{{ messages.__class__.__mro__ }}", ONE, "unsafe"),
+    "mutation": ("{{ messages.pop() }}", ONE, "is unsafe"),
+    "several lines": ("{{ raise_exception('a\nb\n\nc') }}", ONE, "a b c; name a --prompt_style"),
+}
+
+
+@pytest.mark.parametrize(("template", "messages", "fragment"), REFUSED.values(), ids=REFUSED)
+def test_template_refused(template, messages, fragment):
+    message = refusal(messages, CHAT_TEMPLATE, template)
+    assert fragment in message and "--prompt_style" in message
+
+
+FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_endless_template(monkeypatch):
+    monkeypatch.setattr(lit_sft.chat_template, "TEMPLATE_SECONDS", 0.2)
+    assert "it takes more than 0.2 s" in refusal(ONE, CHAT_TEMPLATE, FOREVER)
+
+
+def test_templates_render_in_threads():
+    found = []
+    arguments = (ONE, CHAT_TEMPLATE, SPECIAL, chat_templates.MARKED)
+    thread = threading.Thread(target=lambda: found.extend(render(*arguments)))
+    thread.start()
+    thread.join()
+    assert found == render(*arguments)
+
+
+def test_rendering_costs_one_render_a_dialogue(monkeypatch):
+    """What depends on the template and the roles alone is found once, not for each of 50,000 dialogues."""
+    render(TWO, CHAT_TEMPLATE, SPECIAL, chat_templates.CHATML)
+    calls, original = [], jinja2.Template.render
+    monkeypatch.setattr(jinja2.Template, "render", lambda *a, **k: calls.append(a) or original(*a, **k))
+    for i in range(5):
+        render((user(f"{i}"), assistant("x"), user("y"), assistant("z")), CHAT_TEMPLATE, SPECIAL, chat_templates.CHATML)
+    assert len(calls) == 5
