@@ -608,10 +608,10 @@ def test_shards_of_another_tokenizer_are_refused(command, home, converted, token
     command("prepare_csv", "--csv_path", "d.csv")
     shards = Shards("data/csv", "train")
     checkpoint_dir = Path("checkpoints/test/tiny")
-    check_shards(shards, Tokenizer(checkpoint_dir), checkpoint_dir)
+    check_shards(shards, shards, Tokenizer(checkpoint_dir), checkpoint_dir)
     other = copy_checkpoint(converted, home, "test/other", add_bos_token=False)
     with pytest.raises(InputError, match=r"prepare the data again with --checkpoint_dir .*test/other"):
-        check_shards(shards, Tokenizer(other), other)
+        check_shards(shards, shards, Tokenizer(other), other)
 
 
 # --- flags
