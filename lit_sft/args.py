@@ -106,16 +106,22 @@ class PrepareLimaArgs(PrepareArgs):
 
 
 @dataclass
-class PrepareDatasetArgs(PrepareArgs):
+class PrepareCSVArgs(PrepareArgs):
+    """Flags of scripts/prepare_csv.py."""
+
+    instruction_column: str | None = arg(None, "column of the instruction (default: recognised by its name)")
+    input_column: str | None = arg(None, "column of the optional input")
+    output_column: str | None = arg(None, "column of the response")
+    messages_column: str | None = arg(None, "column of whole dialogues: lists of {role, content} or {from, value}")
+
+
+@dataclass
+class PrepareDatasetArgs(PrepareCSVArgs):
     """Flags of scripts/prepare_dataset.py."""
 
     data_repo_id: str | None = arg(None, "dataset on the Hub, read when no --data_file is given", "repo_id")
     data_config: str | None = arg(None, "configuration (subset) of the Hub dataset")
     data_split: str = arg("train", "split of the Hub dataset")
-    instruction_column: str | None = arg(None, "column of the instruction (default: recognised by its name)")
-    input_column: str | None = arg(None, "column of the optional input")
-    output_column: str | None = arg(None, "column of the response")
-    messages_column: str | None = arg(None, "column of whole dialogues: lists of {role, content} or {from, value}")
 
     def checks(self) -> dict[str, bool]:  # noqa: D102
         sources = (self.data_file is None) + (self.data_repo_id is None)

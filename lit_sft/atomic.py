@@ -154,6 +154,8 @@ class Manifest:
         path = directory / MANIFEST
         try:
             manifest = cls(**json.loads(path.read_text()))
+            if not isinstance(manifest.facts, dict) or not isinstance(manifest.files, dict):
+                raise TypeError("its facts or files are not an object")
         except FileNotFoundError:
             raise InputError(f"{path} is missing: the directory is incomplete; write it again") from None
         except (ValueError, TypeError) as error:

@@ -14,7 +14,7 @@ from lit_sft.layout import check_checkpoint_dir, only_checkpoint_dir
 from lit_sft.model import GPT, KVCache
 from lit_sft.prompts import CHAT_TEMPLATE, PLAIN, Message
 from lit_sft.runtime import BASE_DTYPE, pick_device
-from lit_sft.samples import encode_prompt
+from lit_sft.samples import encode_prompt, stop_ids
 from lit_sft.shards import Shards
 from lit_sft.tokenizer import Tokenizer
 
@@ -95,15 +95,20 @@ def sampler(
         prompt_ids = ids[:n_prompt].tolist()
     else:
         prompt_ids = encode_prompt((Message("user", prompt or SAMPLE_PROMPT),), style, tokenizer)
-    question = " ".join(tokenizer.decode(prompt_ids[-SAMPLE_TOKENS:]).split())
+    question = _one_line(tokenizer.decode(prompt_ids[-SAMPLE_TOKENS:]))
 
     def sample(step: int) -> str:
         model.eval()
         with context():
             answer = list(generate(model, prompt_ids, SAMPLE_TOKENS, shards.manifest.facts["stop_ids"]))
-        return f"  … {question}\n  → {' '.join(tokenizer.decode(answer).split())}"
+        return f"  … {question}\n  → {_one_line(tokenizer.decode(answer))}"
 
     return sample
+
+
+def _one_line(text: str) -> str:
+    """The text for a terminal: an untrained model also writes characters that would move the cursor."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
 
 
 def answers(args: GenerateArgs) -> Iterator[Iterator[str]]:
@@ -118,7 +123,7 @@ def answers(args: GenerateArgs) -> Iterator[Iterator[str]]:
     trained = adapter or Manifest.read(checkpoint_dir).facts
     untrained_style = CHAT_TEMPLATE if tokenizer.chat_template else PLAIN
     style = args.prompt_style or trained.get("prompt_style", untrained_style)
-    stop_ids = trained.get("stop_ids", tokenizer.stop_ids)
+    ends = trained.get("stop_ids") or (tokenizer.stop_ids if style == PLAIN else stop_ids(style, tokenizer))
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     prompt_ids = encode_prompt((Message("user", prompt, args.input),), style, tokenizer)
     device = pick_device(args.device)
@@ -127,6 +132,6 @@ def answers(args: GenerateArgs) -> Iterator[Iterator[str]]:
     generator = torch.Generator().manual_seed(args.seed)
     for _ in range(args.num_samples):
         ids = generate(
-            model, prompt_ids, args.max_new_tokens, stop_ids, args.temperature, args.top_k, args.top_p, generator
+            model, prompt_ids, args.max_new_tokens, ends, args.temperature, args.top_k, args.top_p, generator
         )
         yield tokenizer.stream(ids)

@@ -14,7 +14,7 @@ ALIASES = {
     "output": ("output", "response", "answer", "completion", "targets"),
     "messages": ("messages", "conversations"),
 }
-FLAGS = "/".join(f"--{part}_column" for part in ALIASES)
+FLAGS = "/".join(f"--{part}_column" for part in ALIASES) + " of prepare_csv and prepare_dataset"
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 KINDS = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
 

@@ -280,7 +280,8 @@ GENERATE_FLAGS = {
 CONTRACT = {
     "lora": TRAIN_FLAGS | LORA_FLAGS,
     "full": TRAIN_FLAGS,
-    "prepare_csv": PREPARE_FLAGS,
+    "prepare_csv": PREPARE_FLAGS
+    | {f"{part}_column": (f"{part}_column", *TEXT) for part in ("instruction", "input", "output", "messages")},
     "prepare_alpaca": PREPARE_FLAGS
     | {"data_file_url": ("data_file_url", *TEXT), "data_file_name": ("data_file_name", *TEXT)},
     "prepare_lima": PREPARE_FLAGS
