@@ -44,7 +44,6 @@ def main(args: FullTrainArgs) -> None:
         save = saver(fabric, args, layout.TRAINED_WEIGHTS, trained, optimizer, {})
         sample = sampler(model, tokenizer, style, args.sample_prompt, val if len(val) else train, fabric.autocast)
         lr_at = optim.lr_schedule(args, train_steps.max_steps)
-        optimizer = fabric.setup_optimizers(optimizer)
         last = fit(fabric, model, optimizer, lr_at, train_steps, val_batches, args, save, sample, done=done)
 
         # the result

@@ -49,7 +49,6 @@ def main(args: LoRATrainArgs) -> None:
         save = saver(fabric, args, layout.ADAPTER_WEIGHTS, trained, optimizer, config)
         sample = sampler(model, tokenizer, style, args.sample_prompt, val if len(val) else train, fabric.autocast)
         lr_at = optim.lr_schedule(args, train_steps.max_steps)
-        optimizer = fabric.setup_optimizers(optimizer)
         last = fit(fabric, model, optimizer, lr_at, train_steps, val_batches, args, save, sample, dropout, done)
 
         # the result

@@ -42,7 +42,7 @@ def fit(
     Args:
         fabric: launched.
         model: on the device, in the base dtype.
-        optimizer: over what is trained, as ``fabric.setup_optimizers`` gives it.
+        optimizer: over what is trained.
         lr_at: the learning rate of each step.
         train_steps: step number → its examples, as packed rows.
         val_batches: this process's rows of the val split, used whole at each validation.
@@ -108,7 +108,8 @@ def train_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     reduce_gradients(fabric, parameters)
     (loss,) = reduce(fabric, "sum", loss)
-    fabric.strategy.precision.unscale_gradients(optimizer)
+    precision = fabric.strategy.precision  # which scales losses and gradients under fp16
+    precision.unscale_gradients(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_norm or math.inf).item()
     scaler_copes = args.precision == "16-mixed"  # it skips an update that overflowed and lowers its scale
     if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler_copes):
@@ -118,7 +119,7 @@ def train_step(
         )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    optimizer.step()
+    precision.optimizer_step(optimizer)
     optimizer.zero_grad()
     seconds = time.perf_counter() - started
     n_positions = sum(row.input_ids.numel() for row in step.rows)

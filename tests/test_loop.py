@@ -110,6 +110,31 @@ def test_loss_does_not_depend_on_how_a_step_is_packed(data: tuple[Path, Path], t
             assert torch.allclose(grad, other, rtol=1e-8, atol=1e-13)
 
 
+def test_fp16_with_loss_scaling_follows_fp32(data: tuple[Path, Path], tmp_path: Path) -> None:
+    """A GPU's 16-mixed, with a gradient scaler for the CPU: unscaled once before clipping, and four steps alike."""
+    from lightning.fabric import Fabric
+    from lightning.fabric.plugins import MixedPrecision
+
+    base, data_dir = data
+    scaled = Fabric(plugins=MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu")), accelerator="cpu")
+    runs = {}
+    for fabric, precision in ((None, "32-true"), (scaled, "16-mixed")):
+        args = lora_args(data_dir, tmp_path, precision=precision)
+        model = load_model(base)
+        apply_lora(model, args, args.seed)
+        optimizer = build_optimizer(model, master_parameters(model), args)
+        steps = TrainSteps(Shards(data_dir, "train"), args)
+        records = [
+            train_step(fabric or launch(args), model, optimizer, 2e-3, steps[k], args, None) for k in range(1, 5)
+        ]
+        runs[precision] = [(r["loss"], r["grad_norm"]) for r in records], lora_state_dict(model)
+    for (loss, norm), (expected, expected_norm) in zip(runs["16-mixed"][0], runs["32-true"][0], strict=True):
+        assert loss == pytest.approx(expected, abs=2e-3) and norm == pytest.approx(expected_norm, rel=2e-2)
+    for name, tensor in runs["16-mixed"][1].items():
+        expected = runs["32-true"][1][name]
+        assert (tensor - expected).norm() < 0.1 * (expected.norm() if name.endswith("B") else 1), name
+
+
 def test_dropout_changes_the_loss(data: tuple[Path, Path], tmp_path: Path) -> None:
     base, data_dir = data
     losses = []
