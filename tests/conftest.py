@@ -8,11 +8,15 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import sentencepiece
 import torch
 
 ROOT = Path(__file__).parent.parent
+# how long an example takes says more about the machine than about the code
+hypothesis.settings.register_profile("lit_sft", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("lit_sft")
 torch.set_num_threads(1)  # tiny models are slower on two
 
 
