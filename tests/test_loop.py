@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -266,6 +267,18 @@ def test_a_stopped_run_goes_on_to_the_same_bits(data: tuple[Path, Path], tmp_pat
     assert whole == cut
     result = "adapter/adapter.safetensors" if recipe == "lora" else "model/lit_model.safetensors"
     assert (tmp_path / "whole" / result).read_bytes() == (tmp_path / "cut" / result).read_bytes()
+
+
+def test_a_run_killed_after_its_last_save_goes_on_to_its_result(data: tuple[Path, Path], tmp_path: Path) -> None:
+    """The last state is there, DONE and the adapter are not."""
+    out, settings = tmp_path / "out", {"max_steps": 2}
+    lora.main(lora_args(data[1], out, **settings))
+    adapter, metrics = (out / "adapter" / "adapter.safetensors").read_bytes(), read_metrics(out)
+    shutil.rmtree(out / "adapter")
+    (out / "DONE").unlink()
+    lora.main(lora_args(data[1], out, **settings))
+    assert (out / "DONE").is_file() and read_metrics(out) == metrics
+    assert (out / "adapter" / "adapter.safetensors").read_bytes() == adapter
 
 
 def test_a_damaged_state_is_set_aside_for_the_one_before(data: tuple[Path, Path], tmp_path: Path) -> None:
