@@ -297,6 +297,53 @@ def test_a_damaged_state_is_set_aside_for_the_one_before(data: tuple[Path, Path]
     assert any(p.name.startswith(".bad-step-00000006") for p in (out / "checkpoints").iterdir())
 
 
+def test_going_back_to_an_older_state(data: tuple[Path, Path], tmp_path: Path) -> None:
+    """It goes on from there and stays there: the later states are neither kept for it nor gone on from."""
+    out, settings = tmp_path / "out", {"max_steps": 6, "save_interval": 2, "keep_last": 3}
+    states = out / "checkpoints"
+    lora.main(lora_args(data[1], out, **settings))
+    whole = read_metrics(out)
+    (out / "DONE").unlink()
+    lora.main(lora_args(data[1], out, **settings, resume=str(states / "step-00000002"), max_time=1e-9))
+    assert [p.name for p in sorted(states.glob("step-*"))] == ["step-00000002", "step-00000003"]
+    lora.main(lora_args(data[1], out, **settings))
+    assert [r["loss"] for r in read_metrics(out)] == [r["loss"] for r in whole]
+
+
+def test_a_named_state_is_of_this_run_and_intact(data: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = {"max_steps": 4, "max_time": 1e-9}
+    for name in ("one", "two"):
+        lora.main(lora_args(data[1], tmp_path / name, **settings))
+    one = tmp_path / "one" / "checkpoints" / "step-00000001"
+    with pytest.raises(InputError, match="no saved state"):
+        lora.main(lora_args(data[1], tmp_path / "two", **settings, resume=str(one)))
+    weights = bytearray((one / "adapter.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (one / "adapter.safetensors").write_bytes(weights)
+    with pytest.raises(InputError, match="differs from its recorded sha256"):
+        lora.main(lora_args(data[1], tmp_path / "one", **settings, resume=str(one)))
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints/step-00000006/x", "adapter/x"])
+def test_a_folder_with_something_of_a_run_but_no_run_is_refused(
+    data: tuple[Path, Path], tmp_path: Path, left: str
+) -> None:
+    path = tmp_path / "out" / left
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
+    with pytest.raises(InputError, match=r"but no run.yaml: .* name another --out_dir"):
+        lora.main(lora_args(data[1], tmp_path / "out"))
+    assert path.read_text() == "precious" and not (tmp_path / "out" / "run.yaml").exists()
+
+
+def test_a_run_that_saved_nothing_starts_anew_with_other_arguments(data: tuple[Path, Path], tmp_path: Path) -> None:
+    lora.main(lora_args(data[1], tmp_path / "out", max_steps=2))
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    (tmp_path / "out" / "DONE").unlink()
+    lora.main(lora_args(data[1], tmp_path / "out", max_steps=3, lora_r=4))
+    assert [r["step"] for r in read_metrics(tmp_path / "out")] == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
