@@ -108,8 +108,8 @@ def train_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     reduce_gradients(fabric, parameters)
     (loss,) = reduce(fabric, "sum", loss)
-    fabric.strategy.precision.unscale_gradients(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_norm or math.inf).item()
+    max_norm = args.max_norm or math.inf
+    grad_norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm, error_if_nonfinite=False).item()
     scaler_copes = args.precision == "16-mixed"  # it skips an update that overflowed and lowers its scale
     if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler_copes):
         optimizer.zero_grad()

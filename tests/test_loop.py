@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, make_hf_llama
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.precision.amp import MixedPrecision
 from test_lora import filled_adapter, to_peft
 
 from finetune import full, lora
@@ -109,6 +111,29 @@ def test_loss_does_not_depend_on_how_a_step_is_packed(data: tuple[Path, Path], t
         assert others == pytest.approx(losses, rel=1e-10, abs=0)
         for grad, other in zip(grads, other_grads, strict=True):
             assert torch.allclose(grad, other, rtol=1e-8, atol=1e-13)
+
+
+def test_16_mixed_makes_the_updates_of_32_true(data: tuple[Path, Path], tmp_path: Path) -> None:
+    """Gradients are unscaled once, clipped and applied: with SGD, which shows their size as Adam does not."""
+    base, data_dir = data
+
+    def run(precision: str) -> tuple[list[dict], list[torch.Tensor]]:
+        args = lora_args(data_dir, tmp_path, precision=precision, max_norm=0.05)
+        fabric = Fabric(accelerator="cpu", plugins=MixedPrecision("16-mixed", "cpu") if "16" in precision else None)
+        model, steps = load_model(base), TrainSteps(Shards(data_dir, "train"), args)
+        apply_lora(model, args, 0)
+        assert build_optimizer(model, master_parameters(model), args).defaults["fused"] == ("32" in precision)
+        plain = torch.optim.SGD(lora_state_dict(model).values())
+        optimizer = fabric.setup_optimizers(plain)
+        records = [train_step(fabric, model, optimizer, 10.0, steps[k], args, None) for k in (1, 2, 3)]
+        return records, [p.detach() for p in lora_state_dict(model).values()]
+
+    (half, low), (full, high) = run("16-mixed"), run("32-true")
+    for a, b in zip(half, full, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=0.02
+        )
+    assert all(torch.allclose(a, b, atol=0.02 * float(b.abs().max())) for a, b in zip(low, high, strict=True))
 
 
 def test_dropout_changes_the_loss(data: tuple[Path, Path], tmp_path: Path) -> None:
