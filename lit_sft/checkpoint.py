@@ -148,8 +148,8 @@ def copy_tensors(targets: dict[str, Tensor], path: Path) -> None:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    detached = {name: t.detach().cpu() for name, t in tensors.items()}
-    write_safetensors(path, [Weight(n, tuple(t.shape), t.dtype, lambda t=t: t) for n, t in detached.items()])
+    weights = [Weight(n, tuple(t.shape), t.dtype, lambda t=t: t.detach().cpu()) for n, t in tensors.items()]
+    write_safetensors(path, weights)
 
 
 def save_model(directory: Path, model: GPT, source_dir: Path, facts: dict) -> None:

@@ -44,14 +44,21 @@ if TYPE_CHECKING:
 
 
 def check_shards(train: Shards, val: Shards, tokenizer: Tokenizer, checkpoint_dir: Path) -> None:
-    """Refuse shards that another tokenizer made, or whose examples are longer than the model's context."""
+    """Refuse shards that another tokenizer made, or whose ids or lengths are more than the model takes."""
     facts = train.manifest.facts
     if facts["tokenizer"] != tokenizer.fingerprint:
         raise InputError(
             f"the shards were made with the tokenizer of {facts['checkpoint_dir']}, not with that of {checkpoint_dir}; "
             f"prepare the data again with --checkpoint_dir {checkpoint_dir}"
         )
-    block_size = ModelConfig.from_dir(checkpoint_dir).block_size
+    config = ModelConfig.from_dir(checkpoint_dir)
+    block_size, vocab_size = config.block_size, config.vocab_size
+    largest = max(int(part["input_ids"].max()) for shards in (train, val) for part in shards.shards)
+    if largest >= vocab_size:
+        raise InputError(
+            f"the shards hold token id {largest}, {checkpoint_dir} has embeddings for ids below {vocab_size}: its "
+            "tokenizer files and its config.json do not belong together; download the checkpoint again"
+        )
     longest = max(int(shards.lengths.max()) if len(shards) else 0 for shards in (train, val))
     if longest > block_size:
         raise InputError(

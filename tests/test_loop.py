@@ -484,6 +484,21 @@ def test_shards_of_another_tokenizer_or_context_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_ids_without_an_embedding_are_refused(
+    data: tuple[Path, Path], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"token id 3\d\d, .* ids below 300"):
+        lora.main(lora_args(data[1], tmp_path / "out", checkpoint_dir=str(checkpoint("small", vocab_size=300))))
+
+
+def test_a_sample_prompt_that_fills_the_context_is_refused_before_the_first_step(
+    data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"--sample_prompt has .* tokens; the model takes 1 to 511"):
+        lora.main(lora_args(data[1], tmp_path / "out", sample_prompt="llama " * 600))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
 def test_an_adapter_of_another_base_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     from lit_sft.checkpoint import adapter_facts, save_adapter
 
