@@ -204,6 +204,16 @@ def test_unmapped_and_missing_weights_are_named_and_fatal(tmp_path: Path, change
         ({"num_hidden_layers": 0}, "n_layer"),
         ({"num_key_value_heads": 3}, "not a multiple"),
         ({"vocab_size": None}, "vocab_size"),
+        ({"vocab_size": 10**22}, "vocab_size is .* at most"),
+        ({"num_hidden_layers": 10**9}, "n_layer is .* at most 10,000"),
+        ({"num_attention_heads": 0}, "wrong type or value|n_head is 0"),
+        ({"rms_norm_eps": "x"}, "norm_eps is 'x'"),
+        ({"rms_norm_eps": float("nan")}, "norm_eps is nan"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "wrong type or value"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_theta is -1.0"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "rope_factor is 0.0"),
+        ({"tie_word_embeddings": "false"}, "tie_embeddings is 'false'"),
+        ({"architectures": 5}, "architectures is 5"),
     ],
 )
 def test_unsupported_config_fields_are_named(tmp_path: Path, fields: dict, message: str) -> None:
