@@ -286,6 +286,34 @@ def test_an_index_that_lies(tmp_path: Path, weight_map: object, message: str) ->
         convert_dir(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: [1, 2], "holds a list, not tensors by name"),
+        (lambda w: {1: torch.ones(2)}, "1 is a Tensor, not a tensor with a name"),
+        (lambda w: w | {"model.norm.weight": w["model.norm.weight"].to(torch.float8_e4m3fn)}, "do not convert"),
+        (lambda w: w | {"model.norm.weight": w["model.norm.weight"] * 1e9}, "beyond the range of float16"),
+    ],
+)
+def test_a_bin_file_of_something_else(tmp_path: Path, change: object, message: str) -> None:
+    make_hf_llama(tmp_path)
+    torch.save(change(load_file(tmp_path / "model.safetensors")), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=message):
+        convert_dir(tmp_path, dtype="float16")
+    assert not list(tmp_path.glob("*lit_model*"))
+
+
+def test_a_weight_that_is_there_twice(tmp_path: Path) -> None:
+    make_hf_llama(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({"model.norm.weight": weights["model.norm.weight"] + 5}, tmp_path / "stale.safetensors")
+    weight_map = dict.fromkeys(weights, "model.safetensors") | {"model.norm.weight": "stale.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError, match=r"'model.norm.weight' is there twice"):
+        convert_dir(tmp_path)
+
+
 @pytest.mark.slow
 def test_memory_stays_near_the_largest_source_shard(tmp_path: Path) -> None:
     """Anonymous memory of a conversion of 480 MB in 80 MB shards, above that of one of almost nothing."""
