@@ -148,8 +148,8 @@ def copy_tensors(targets: dict[str, Tensor], path: Path) -> None:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    detached = {name: t.detach().cpu() for name, t in tensors.items()}
-    write_safetensors(path, [Weight(n, tuple(t.shape), t.dtype, lambda t=t: t) for n, t in detached.items()])
+    weights = [Weight(n, tuple(t.shape), t.dtype, lambda t=t: t.detach().cpu()) for n, t in tensors.items()]
+    write_safetensors(path, weights)
 
 
 def save_model(directory: Path, model: GPT, source_dir: Path, facts: dict) -> None:
@@ -209,9 +209,22 @@ def newest_state(out_dir: Path) -> Path | None:
             Manifest.read(directory, STATE).check_files(directory)
             return directory
         except InputError as error:
-            print(f"set aside: {error}")
-            directory.rename(directory.with_name(f".bad-{directory.name}-{os.getpid()}"))
+            _set_aside(directory, str(error))
     return None
+
+
+def go_back(directory: Path) -> Path:
+    """The saved state that the user names, checked; later ones are set aside, or they would be gone on from next."""
+    Manifest.read(directory, STATE).check_files(directory)
+    for later in sorted(directory.parent.glob("step-*")):
+        if later.name > directory.name:
+            _set_aside(later, f"{later} is later than {directory}")
+    return directory
+
+
+def _set_aside(directory: Path, why: str) -> None:
+    print(f"set aside: {why}")
+    directory.rename(directory.with_name(f".bad-{directory.name}-{os.getpid()}"))
 
 
 def load_state(

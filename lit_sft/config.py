@@ -1,12 +1,15 @@
 """A model's shape and switches: all that ``model.py`` branches on. No model names here."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 from lit_sft.errors import InputError
 from lit_sft.layout import MODEL_CONFIG
+
+LARGEST = {"n_layer": 10_000}  # a file that asks for more would build modules until memory ends
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,16 @@ class ModelConfig:
     """llama3: the context before scaling."""
 
     def __post_init__(self) -> None:
-        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type is int}
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"model config: {name} is {value!r}; it must be a positive integer")
+        for name, kind, value in [(f.name, f.type, getattr(self, f.name)) for f in fields(self)]:
+            if kind is int and (type(value) is not int or not 1 <= value <= LARGEST.get(name, 2**31)):
+                raise InputError(
+                    f"model config: {name} is {value!r}; it must be a positive integer, at most "
+                    f"{LARGEST.get(name, 2**31):,}"
+                )
+            if kind is float and (type(value) not in (int, float) or not 0 < value < math.inf):
+                raise InputError(f"model config: {name} is {value!r}; it must be a positive number")
+            if kind is bool and type(value) is not bool:
+                raise InputError(f"model config: {name} is {value!r}; it must be true or false")
         if self.n_head % self.n_query_groups:
             raise InputError(f"model config: n_head {self.n_head} is not a multiple of {self.n_query_groups} groups")
         if self.head_size % 2:

@@ -98,9 +98,11 @@ def _open_pickle(path: Path) -> Iterator[Weight]:
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"{path} holds more than weights, or is damaged; it was not run ({reason})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not tensors by name")
     for name, tensor in content.items():
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"{path}: {name!r} is a {type(tensor).__name__}, not a tensor")
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise InputError(f"{path}: {name!r} is a {type(tensor).__name__}, not a tensor with a name")
         yield Weight(name, tuple(tensor.shape), tensor.dtype, lambda t=tensor: t)
 
 
@@ -122,15 +124,24 @@ def map_weights(source: list[Weight], family: Family, config: ModelConfig, dtype
             raise InputError(f"weight {weight.name!r} is not part of the model that config.json describes")
         if weight.shape != wanted[name]:
             raise InputError(f"weight {weight.name!r} has shape {weight.shape}; config.json asks for {wanted[name]}")
-        if not weight.dtype.is_floating_point:
+        if name in mapped:
+            raise InputError(f"weight {weight.name!r} is there twice, in different files; delete the one that is stale")
+        if weight.dtype not in SAFETENSORS_NAMES:
             raise InputError(
                 f"weight {weight.name!r} is stored as {weight.dtype}: quantized checkpoints do not convert"
             )
         to = dtype or weight.dtype
-        mapped[name] = Weight(name, weight.shape, to, lambda w=weight, to=to: w.load().to(to))
+        mapped[name] = Weight(name, weight.shape, to, lambda w=weight, to=to: _cast(w, to))
     if missing := [family.hf_name(name) for name in wanted if name not in mapped]:
         raise InputError(f"weight {missing[0]!r} is missing from the checkpoint ({len(missing)} in all)")
     return list(mapped.values())
+
+
+def _cast(weight: Weight, dtype: torch.dtype) -> Tensor:
+    tensor = weight.load().to(dtype)
+    if dtype == torch.float16 != weight.dtype and not tensor.isfinite().all():
+        raise InputError(f"weight {weight.name!r} has values beyond the range of float16; take --dtype bfloat16")
+    return tensor
 
 
 def _check_tied(head: Weight, mapped: dict[str, Weight], source: list[Weight], family: Family) -> None:

@@ -87,7 +87,7 @@ def sampler(
     """A function that lets the model answer a fixed prompt greedily, to watch it learn.
 
     The prompt is ``prompt`` in ``style``; without one it is the first example of ``shards`` up to its first label.
-    ``context`` is entered around the model, for mixed precision.
+    ``context`` is entered around the model, for mixed precision. InputError, before any step, for one that is too long.
     """
     ids, mask = shards[0]
     n_prompt = int(mask.int().argmax())
@@ -95,6 +95,10 @@ def sampler(
         prompt_ids = ids[:n_prompt].tolist()
     else:
         prompt_ids = encode_prompt((Message("user", prompt or SAMPLE_PROMPT),), style, tokenizer)
+    if len(prompt_ids) >= model.config.block_size:
+        raise InputError(
+            f"--sample_prompt has {len(prompt_ids)} tokens; the model takes 1 to {model.config.block_size - 1}"
+        )
     question = _one_line(tokenizer.decode(prompt_ids[-SAMPLE_TOKENS:]))
 
     def sample(step: int) -> str:

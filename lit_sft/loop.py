@@ -56,7 +56,7 @@ def fit(
     before the step, when a loss or gradient is not finite.
     """
     metrics = Metrics(Path(args.out_dir), done, train_steps.max_steps, quiet=not fabric.is_global_zero)
-    started = time.perf_counter()
+    started, number = time.perf_counter(), done  # all is done where a kill fell between last save and result
     with StopSignals() as signals:
         for number in range(done + 1, train_steps.max_steps + 1):
             try:

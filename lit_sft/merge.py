@@ -24,8 +24,8 @@ def merge_checkpoint(args: MergeArgs) -> Path:
     adapter = read_adapter_config(args.lora_path)
     checkpoint_dir = check_checkpoint_dir(args.checkpoint_dir or adapter["checkpoint_dir"])
     out_dir = Path(args.out_dir)
-    if out_dir.resolve() == checkpoint_dir.resolve():
-        raise InputError(f"--out_dir {out_dir} is the base itself; name another folder")
+    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+        raise InputError(f"--out_dir {out_dir} exists and is not an empty folder; name another")
     model = load_model(checkpoint_dir, args.lora_path)
     before = probe(model)
     merge_lora(model)

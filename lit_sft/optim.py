@@ -33,13 +33,9 @@ def master_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def build_optimizer(model: nn.Module, masters: dict[str, nn.Parameter], args: TrainArgs) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), over ``masters``; each step reaches ``model``.
-
-    Fused, except under fp16's loss scaling: there Fabric cannot unscale a fused optimizer's gradients for clipping.
-    """
-    fused = args.precision != "16-mixed"
-    settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": fused}
-    optimizer = torch.optim.AdamW(masters.values(), **settings)
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) over ``masters``; each step reaches ``model``."""
+    fused = args.precision != "16-mixed"  # fused, it would unscale gradients itself, and those could not be clipped
+    optimizer = torch.optim.AdamW(masters.values(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=fused)
     optimizer.register_step_post_hook(lambda *_: publish(masters, model))
     return optimizer
 

@@ -16,10 +16,20 @@ from torch import nn
 from lit_sft.args import TrainArgs
 from lit_sft.atomic import lock, sweep, write_atomically
 from lit_sft.batches import TrainSteps
-from lit_sft.checkpoint import base_fingerprint, newest_state, prune_states, save_state
+from lit_sft.checkpoint import base_fingerprint, go_back, newest_state, prune_states, save_state
 from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError
-from lit_sft.layout import ADAPTER_DIR, DONE, MANIFEST, RUN_ARGUMENTS, RUN_INPUTS, STATES_DIR, read_json, state_name
+from lit_sft.layout import (
+    ADAPTER_DIR,
+    DONE,
+    METRICS,
+    MODEL_DIR,
+    RUN_ARGUMENTS,
+    RUN_INPUTS,
+    STATES_DIR,
+    read_json,
+    state_name,
+)
 from lit_sft.shards import Shards
 from lit_sft.tokenizer import Tokenizer
 
@@ -34,14 +44,21 @@ if TYPE_CHECKING:
 
 
 def check_shards(train: Shards, val: Shards, tokenizer: Tokenizer, checkpoint_dir: Path) -> None:
-    """Refuse shards that another tokenizer made, or whose examples are longer than the model's context."""
+    """Refuse shards that another tokenizer made, or whose ids or lengths are more than the model takes."""
     facts = train.manifest.facts
     if facts["tokenizer"] != tokenizer.fingerprint:
         raise InputError(
             f"the shards were made with the tokenizer of {facts['checkpoint_dir']}, not with that of {checkpoint_dir}; "
             f"prepare the data again with --checkpoint_dir {checkpoint_dir}"
         )
-    block_size = ModelConfig.from_dir(checkpoint_dir).block_size
+    config = ModelConfig.from_dir(checkpoint_dir)
+    block_size, vocab_size = config.block_size, config.vocab_size
+    largest = max(int(part["input_ids"].max()) for shards in (train, val) for part in shards.shards)
+    if largest >= vocab_size:
+        raise InputError(
+            f"the shards hold token id {largest}, {checkpoint_dir} has embeddings for ids below {vocab_size}: its "
+            "tokenizer files and its config.json do not belong together; download the checkpoint again"
+        )
     longest = max(int(shards.lengths.max()) if len(shards) else 0 for shards in (train, val))
     if longest > block_size:
         raise InputError(
@@ -101,10 +118,11 @@ def _start_or_go_on(args: TrainArgs, shards: Shards) -> Path | None:
         print(f"--max_seq_length {args.max_seq_length} cuts {shards.n_cut} of them")
     state = None
     if path.is_file():
-        _compare(yaml.safe_load(path.read_text()) | read_json(inputs_path), arguments | inputs, out_dir)
+        if any((out_dir / STATES_DIR).glob("step-*")):  # a run that saved nothing may start anew with other arguments
+            _compare(yaml.safe_load(path.read_text()) | read_json(inputs_path), arguments | inputs, out_dir)
         sweep(out_dir)
         sweep(out_dir / STATES_DIR)
-        state = newest_state(out_dir) if args.resume == "auto" else Path(args.resume)
+        state = newest_state(out_dir) if args.resume == "auto" else go_back(Path(args.resume))
         print(f"going on from {state}" if state else "the run had saved nothing yet; it starts anew")
     write_atomically(inputs_path, json.dumps(inputs, indent=2) + "\n")
     write_atomically(path, yaml.safe_dump(arguments, sort_keys=False))
@@ -119,9 +137,13 @@ def _check_resume(args: TrainArgs) -> None:
     if not (out_dir / RUN_ARGUMENTS).is_file():
         if args.resume not in ("auto", "never"):
             raise InputError(f"--resume {args.resume}: {out_dir} holds no run to go on with")
+        if found := [name for name in (METRICS, STATES_DIR, ADAPTER_DIR, MODEL_DIR) if (out_dir / name).exists()]:
+            raise InputError(
+                f"{out_dir} holds {found[0]} but no {RUN_ARGUMENTS}: no run to go on with; name another --out_dir"
+            )
     elif args.resume == "never":
         raise InputError(f"{out_dir} holds an unfinished run; --resume auto goes on, or name another --out_dir")
-    elif args.resume != "auto" and not (Path(args.resume) / MANIFEST).is_file():
+    elif args.resume != "auto" and Path(args.resume).resolve().parent != (out_dir / STATES_DIR).resolve():
         raise InputError(f"--resume {args.resume}: no saved state; a folder of {out_dir / STATES_DIR} can be named")
 
 

@@ -204,6 +204,16 @@ def test_unmapped_and_missing_weights_are_named_and_fatal(tmp_path: Path, change
         ({"num_hidden_layers": 0}, "n_layer"),
         ({"num_key_value_heads": 3}, "not a multiple"),
         ({"vocab_size": None}, "vocab_size"),
+        ({"vocab_size": 10**22}, "vocab_size is .* at most"),
+        ({"num_hidden_layers": 10**9}, "n_layer is .* at most 10,000"),
+        ({"num_attention_heads": 0}, "wrong type or value|n_head is 0"),
+        ({"rms_norm_eps": "x"}, "norm_eps is 'x'"),
+        ({"rms_norm_eps": float("nan")}, "norm_eps is nan"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "wrong type or value"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_theta is -1.0"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "rope_factor is 0.0"),
+        ({"tie_word_embeddings": "false"}, "tie_embeddings is 'false'"),
+        ({"architectures": 5}, "architectures is 5"),
     ],
 )
 def test_unsupported_config_fields_are_named(tmp_path: Path, fields: dict, message: str) -> None:
@@ -273,6 +283,34 @@ def test_an_index_that_lies(tmp_path: Path, weight_map: object, message: str) ->
     make_hf_llama(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(InputError, match=message):
+        convert_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: [1, 2], "holds a list, not tensors by name"),
+        (lambda w: {1: torch.ones(2)}, "1 is a Tensor, not a tensor with a name"),
+        (lambda w: w | {"model.norm.weight": w["model.norm.weight"].to(torch.float8_e4m3fn)}, "do not convert"),
+        (lambda w: w | {"model.norm.weight": w["model.norm.weight"] * 1e9}, "beyond the range of float16"),
+    ],
+)
+def test_a_bin_file_of_something_else(tmp_path: Path, change: object, message: str) -> None:
+    make_hf_llama(tmp_path)
+    torch.save(change(load_file(tmp_path / "model.safetensors")), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=message):
+        convert_dir(tmp_path, dtype="float16")
+    assert not list(tmp_path.glob("*lit_model*"))
+
+
+def test_a_weight_that_is_there_twice(tmp_path: Path) -> None:
+    make_hf_llama(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({"model.norm.weight": weights["model.norm.weight"] + 5}, tmp_path / "stale.safetensors")
+    weight_map = dict.fromkeys(weights, "model.safetensors") | {"model.norm.weight": "stale.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError, match=r"'model.norm.weight' is there twice"):
         convert_dir(tmp_path)
 
 

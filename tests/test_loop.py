@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, make_hf_llama
+from lightning.fabric import Fabric
 from test_lora import filled_adapter, to_peft
 
 from finetune import full, lora
@@ -112,7 +114,6 @@ def test_loss_does_not_depend_on_how_a_step_is_packed(data: tuple[Path, Path], t
 
 def test_fp16_with_loss_scaling_follows_fp32(data: tuple[Path, Path], tmp_path: Path) -> None:
     """A GPU's 16-mixed, with a gradient scaler for the CPU: unscaled once before clipping, and four steps alike."""
-    from lightning.fabric import Fabric
     from lightning.fabric.plugins import MixedPrecision
 
     base, data_dir = data
@@ -293,6 +294,18 @@ def test_a_stopped_run_goes_on_to_the_same_bits(data: tuple[Path, Path], tmp_pat
     assert (tmp_path / "whole" / result).read_bytes() == (tmp_path / "cut" / result).read_bytes()
 
 
+def test_a_run_killed_after_its_last_save_goes_on_to_its_result(data: tuple[Path, Path], tmp_path: Path) -> None:
+    """The last state is there, DONE and the adapter are not."""
+    out, settings = tmp_path / "out", {"max_steps": 2}
+    lora.main(lora_args(data[1], out, **settings))
+    adapter, metrics = (out / "adapter" / "adapter.safetensors").read_bytes(), read_metrics(out)
+    shutil.rmtree(out / "adapter")
+    (out / "DONE").unlink()
+    lora.main(lora_args(data[1], out, **settings))
+    assert (out / "DONE").is_file() and read_metrics(out) == metrics
+    assert (out / "adapter" / "adapter.safetensors").read_bytes() == adapter
+
+
 def test_a_damaged_state_is_set_aside_for_the_one_before(data: tuple[Path, Path], tmp_path: Path) -> None:
     _, data_dir = data
     settings = {"max_steps": 6, "save_interval": 2, "keep_last": 3}
@@ -307,6 +320,53 @@ def test_a_damaged_state_is_set_aside_for_the_one_before(data: tuple[Path, Path]
     lora.main(lora_args(data_dir, out, **settings))
     assert [r["loss"] for r in read_metrics(out)] == [r["loss"] for r in read_metrics(tmp_path / "whole")]
     assert any(p.name.startswith(".bad-step-00000006") for p in (out / "checkpoints").iterdir())
+
+
+def test_going_back_to_an_older_state(data: tuple[Path, Path], tmp_path: Path) -> None:
+    """It goes on from there and stays there: the later states are neither kept for it nor gone on from."""
+    out, settings = tmp_path / "out", {"max_steps": 6, "save_interval": 2, "keep_last": 3}
+    states = out / "checkpoints"
+    lora.main(lora_args(data[1], out, **settings))
+    whole = read_metrics(out)
+    (out / "DONE").unlink()
+    lora.main(lora_args(data[1], out, **settings, resume=str(states / "step-00000002"), max_time=1e-9))
+    assert [p.name for p in sorted(states.glob("step-*"))] == ["step-00000002", "step-00000003"]
+    lora.main(lora_args(data[1], out, **settings))
+    assert [r["loss"] for r in read_metrics(out)] == [r["loss"] for r in whole]
+
+
+def test_a_named_state_is_of_this_run_and_intact(data: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = {"max_steps": 4, "max_time": 1e-9}
+    for name in ("one", "two"):
+        lora.main(lora_args(data[1], tmp_path / name, **settings))
+    one = tmp_path / "one" / "checkpoints" / "step-00000001"
+    with pytest.raises(InputError, match="no saved state"):
+        lora.main(lora_args(data[1], tmp_path / "two", **settings, resume=str(one)))
+    weights = bytearray((one / "adapter.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (one / "adapter.safetensors").write_bytes(weights)
+    with pytest.raises(InputError, match="differs from its recorded sha256"):
+        lora.main(lora_args(data[1], tmp_path / "one", **settings, resume=str(one)))
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints/step-00000006/x", "adapter/x"])
+def test_a_folder_with_something_of_a_run_but_no_run_is_refused(
+    data: tuple[Path, Path], tmp_path: Path, left: str
+) -> None:
+    path = tmp_path / "out" / left
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
+    with pytest.raises(InputError, match=r"but no run.yaml: .* name another --out_dir"):
+        lora.main(lora_args(data[1], tmp_path / "out"))
+    assert path.read_text() == "precious" and not (tmp_path / "out" / "run.yaml").exists()
+
+
+def test_a_run_that_saved_nothing_starts_anew_with_other_arguments(data: tuple[Path, Path], tmp_path: Path) -> None:
+    lora.main(lora_args(data[1], tmp_path / "out", max_steps=2))
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    (tmp_path / "out" / "DONE").unlink()
+    lora.main(lora_args(data[1], tmp_path / "out", max_steps=3, lora_r=4))
+    assert [r["step"] for r in read_metrics(tmp_path / "out")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -422,6 +482,21 @@ def test_shards_of_another_tokenizer_or_context_are_refused(
     with pytest.raises(InputError, match=f"prepare the data again with --checkpoint_dir {other}"):
         lora.main(lora_args(data[1], tmp_path / "out", checkpoint_dir=str(other)))
     assert not (tmp_path / "out").exists()
+
+
+def test_ids_without_an_embedding_are_refused(
+    data: tuple[Path, Path], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"token id 3\d\d, .* ids below 300"):
+        lora.main(lora_args(data[1], tmp_path / "out", checkpoint_dir=str(checkpoint("small", vocab_size=300))))
+
+
+def test_a_sample_prompt_that_fills_the_context_is_refused_before_the_first_step(
+    data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"--sample_prompt has .* tokens; the model takes 1 to 511"):
+        lora.main(lora_args(data[1], tmp_path / "out", sample_prompt="llama " * 600))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_an_adapter_of_another_base_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -79,18 +79,20 @@ def test_a_base_in_bf16_is_merged_in_fp32_and_rounded_once(checkpoint: Callable[
     assert differing < 0.001  # fp32 and fp64 round a handful of ties apart
 
 
-@pytest.mark.parametrize("where", ["base", "foreign", "file"])
+@pytest.mark.parametrize("where", ["base", "other", "foreign", "file"])
 def test_what_is_in_the_way_is_left_alone(checkpoint: Callable[..., Path], tmp_path: Path, where: str) -> None:
     base = checkpoint()
     adapter = adapter_of(base, tmp_path / "adapter")
-    out = {"base": base, "foreign": tmp_path / "mine", "file": tmp_path / "file"}[where]
+    other = checkpoint("other")
+    out = {"base": base, "other": other, "foreign": tmp_path / "mine", "file": tmp_path / "file"}[where]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(InputError, match=r"is the base itself|name another"):
+    with pytest.raises(InputError, match="not an empty folder; name another"):
         merge_checkpoint(MergeArgs(lora_path=str(adapter), out_dir=str(out)))
     assert (tmp_path / "mine" / "thesis.txt").read_text() == (tmp_path / "file").read_text() == "precious"
     load_model(base)
+    assert (other / "model.safetensors").is_file()  # the Hub's own file
 
 
 def test_the_probe_fits_short_contexts(checkpoint: Callable[..., Path]) -> None:

@@ -55,8 +55,8 @@ def read_config(hf_config: dict) -> ModelConfig:
         )
     except KeyError as error:
         raise InputError(f"config.json: {error} is missing") from None
-    except TypeError as error:
-        raise InputError(f"config.json: a field has the wrong type ({error})") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"config.json: a field has the wrong type or value ({error})") from None
 
 
 def _linear(theirs: str, ours: str) -> dict[str, str]:
