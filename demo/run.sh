@@ -26,6 +26,8 @@ run python scripts/generate.py --checkpoint_dir demo/tiny-llama --prompt_style a
 run python finetune/lora.py --data_dir data/demo --out_dir out/demo --epochs 24 --global_batch_size 16 \
     --learning_rate 3e-3 --eval_interval 100 --save_interval 100 --sample_prompt "$question"
 echo
-echo "After training it answers as the CSV does:"
+echo "After training it answers as the CSV does. (Val loss rose: a random base learns by heart and understands nothing.)"
 run python scripts/generate.py --adapter_dir out/demo/adapter --prompt "$question" --temperature 0
 grep "^$question" demo/instructions.csv
+echo
+echo "To type commands yourself: source .venv/bin/activate"

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from lit_sft.errors import InputError
 
+STYLES = "alpaca, alpaca-no-newline, llama2-chat, vicuna, hermes, platypus, beluga, plain or chat-template"
 CHECKPOINT_DIR_HELP = "converted checkpoint, with or without checkpoints/ in front"
 
 
@@ -74,7 +75,7 @@ class PrepareArgs(Args):
     val_split_fraction: float = arg(0.1, "share of the samples held out for validation", "test_split_fraction")
     seed: int = arg(42, "seed of the train/val split")
     mask_prompt: bool = arg(True, "learn the responses only, not the prompts", "mask_inputs")
-    prompt_style: str | None = arg(None, "prompt style (default: the checkpoint's chat template, else alpaca)")
+    prompt_style: str | None = arg(None, f"{STYLES}; default: the checkpoint's chat-template, else alpaca")
     on_overflow: Literal["truncate", "drop", "error"] = arg("truncate", "what happens to a too long example's response")
     on_error: Literal["fail", "skip"] = arg("fail", "what a malformed sample does: end the command, or be left out")
     ignore_index: int | None = arg(None, "accepted as in Lit-GPT, without effect: labels are masked by position")
@@ -239,7 +240,7 @@ class GenerateArgs(Args):
     input: str = arg("", "the instruction's optional input")
     checkpoint_dir: str | None = arg(None, CHECKPOINT_DIR_HELP + " (default: the adapter's, or the only one there is)")
     adapter_dir: str | None = arg(None, "adapter of a LoRA run: its adapter/ folder or the run's folder", "lora_path")
-    prompt_style: str | None = arg(None, "prompt style (default: the adapter's; a base model continues the text)")
+    prompt_style: str | None = arg(None, f"{STYLES}; default: the adapter's; a base model continues the text")
     num_samples: int = arg(1, "answers to generate")
     max_new_tokens: int = arg(256, "most tokens of an answer")
     temperature: float = arg(0.8, "0: always the likeliest token")
@@ -257,7 +258,7 @@ class GenerateArgs(Args):
             f"--max_new_tokens {self.max_new_tokens} must be above 0": self.max_new_tokens < 1,
             f"--num_samples {self.num_samples} must be above 0": self.num_samples < 1,
             f"--temperature {self.temperature} must not be negative": not self.temperature >= 0,
-            f"--top_k {self.top_k} must be above 0": (self.top_k or 1) < 1 or self.top_k == 0,
+            f"--top_k {self.top_k} must be above 0": self.top_k is not None and self.top_k < 1,
             f"--top_p {self.top_p} must be in (0, 1]": not 0 < self.top_p <= 1,
         }
 

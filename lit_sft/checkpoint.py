@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lit_sft.args import LoRAArgs
@@ -21,6 +21,7 @@ from lit_sft.layout import (
     ADAPTER_WEIGHTS,
     HF_CONFIG,
     MANIFEST,
+    MODEL_DIR,
     STATES_DIR,
     TOKENIZER_FILES,
     check_checkpoint_dir,
@@ -55,7 +56,7 @@ def load_model(
     """
     directory = check_checkpoint_dir(checkpoint_dir)
     manifest = Manifest.read(directory, CHECKPOINT)
-    manifest.check_files(directory, content=False)
+    manifest.check_files(directory, unhashed=".safetensors")
     with torch.device("meta"):
         model = GPT(ModelConfig.from_dir(directory))
     weights = {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in _stored_weights(directory, manifest)}
@@ -71,15 +72,18 @@ def load_model(
 
 def _stored_weights(directory: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
     for name in sorted(name for name in manifest.files if name.endswith(".safetensors")):
-        with safe_open(directory / name, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                yield key, file.get_tensor(key)
+        try:
+            with safe_open(directory / name, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    yield key, file.get_tensor(key)
+        except SafetensorError as error:
+            raise InputError(f"{directory / name} is damaged ({error}); convert the checkpoint again") from None
 
 
 def base_fingerprint(checkpoint_dir: Path) -> str:
-    """What tells one base model from another: the sha256 values of its weight files, from its manifest."""
+    """What tells one base model from another: the sha256 values of its weights and its config, from its manifest."""
     files = Manifest.read(checkpoint_dir, CHECKPOINT).files
-    return "+".join(fact["sha256"] for name, fact in sorted(files.items()) if name.endswith(".safetensors"))
+    return "+".join(fact["sha256"] for _, fact in sorted(files.items()))
 
 
 def save_adapter(directory: Path, model: GPT, lora: LoRAArgs, facts: dict) -> None:
@@ -114,7 +118,22 @@ def resolve_adapter_dir(path: str | Path) -> Path:
     for folder in (Path(path), Path(path) / ADAPTER_DIR):
         if (folder / ADAPTER_CONFIG).is_file() and (folder / MANIFEST).is_file():
             return folder
-    raise InputError(f"no adapter at {str(path)!r}: neither it nor its {ADAPTER_DIR}/ holds {ADAPTER_CONFIG}")
+    hint = "give the folder of a LoRA run"
+    if (Path(path) / MODEL_DIR).is_dir():
+        hint = f"it is a run of full fine-tuning: give --checkpoint_dir {Path(path) / MODEL_DIR} instead"
+    elif states := sorted((Path(path) / STATES_DIR).glob("step-*")):
+        hint = f"the run is unfinished; its latest state can be given: {states[-1]}"
+    raise InputError(f"no adapter at {str(path)!r}: neither it nor its {ADAPTER_DIR}/ holds {ADAPTER_CONFIG}; {hint}")
+
+
+def resolve_base(checkpoint_dir: str | None, adapter: dict) -> Path:
+    """The base an adapter goes on: the one named, else the one it was trained on."""
+    try:
+        return check_checkpoint_dir(checkpoint_dir or adapter["checkpoint_dir"])
+    except InputError as error:
+        if checkpoint_dir:
+            raise
+        raise InputError(f"the adapter's base is not found from here: {error}; or name it: --checkpoint_dir") from None
 
 
 def read_adapter_config(path: str | Path) -> dict:
@@ -203,13 +222,19 @@ def save_state(
 
 
 def newest_state(out_dir: Path) -> Path | None:
-    """The latest intact state of a run. A damaged one is set aside as ``.bad-…``, so that it can be written again."""
-    for directory in sorted((out_dir / STATES_DIR).glob("step-*"), reverse=True):
+    """The latest intact state of a run. A damaged one is set aside as ``.bad-…``, so that it can be written again.
+
+    None when nothing was saved yet; InputError when every state is damaged.
+    """
+    directories = sorted((out_dir / STATES_DIR).glob("step-*"), reverse=True)
+    for directory in directories:
         try:
             Manifest.read(directory, STATE).check_files(directory)
             return directory
         except InputError as error:
             _set_aside(directory, str(error))
+    if directories:
+        raise InputError(f"{out_dir} has no intact state left, see the lines above; name another --out_dir")
     return None
 
 

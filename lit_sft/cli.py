@@ -1,5 +1,6 @@
 """Both doors of every command: ``python scripts/NAME.py`` and ``lit-sft NAME``. The only user of jsonargparse."""
 
+import os
 import re
 import signal
 import sys
@@ -15,7 +16,9 @@ import jsonargparse
 
 import lit_sft
 from lit_sft.atomic import without_secrets
-from lit_sft.errors import InputError, Interrupted, RunFailed
+from lit_sft.errors import InputError, Interrupted, RunFailed, stops
+
+UNFINISHED = "nothing is left half written"
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -57,7 +60,8 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
     """Parse ``argv``, call ``main`` with its dataclass, and turn how it ends into the exit code of the contract."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        signal.signal(signal.SIGTERM, _terminate)  # an exception, so that what is half written is cleaned up
+        signal.signal(signal.SIGTERM, _stop)  # an exception, so that what is half written is cleaned up
+        signal.signal(signal.SIGUSR1, _stop)
         if sys.stdout and hasattr(sys.stdout, "reconfigure"):  # a text in any script prints in any locale
             sys.stdout.reconfigure(errors="replace")
         parser = make_parser(main, prog or Path(sys.argv[0]).name)
@@ -68,7 +72,7 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
     except (InputError, OSError, jsonargparse.ArgumentError) as error:
         code = 141 if isinstance(error, BrokenPipeError) else _complain(error, argv, 2)
     except KeyboardInterrupt as error:
-        code = _complain(error, argv, 130, "interrupted; nothing was written under its final name")
+        code = _complain(error, argv, 130, f"interrupted; {UNFINISHED}")
     except Interrupted as end:
         print(end, file=sys.stderr)
         code = end.exit_code
@@ -79,14 +83,22 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
     sys.exit(code)
 
 
-def _terminate(*_: object) -> None:
-    raise Interrupted("error: terminated; nothing was written under its final name", 143)
+def _stop(number: int, _: object) -> None:
+    stops.append({signal.SIGTERM: 143, signal.SIGUSR1: 75}[number])
+    raise Interrupted(f"error: stopped by {signal.Signals(number).name}; {UNFINISHED}", stops[-1])
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename or 'while reading or writing'}; mend that and run the command again"
+    return str(error)
 
 
 def _complain(error: BaseException, argv: list[str], code: int, message: str | None = None) -> int:
     if re.search(r"--debug[= ](true|yes)\b", " ".join(argv), re.IGNORECASE):
         print(without_secrets("".join(traceback.format_exception(error))), file=sys.stderr, end="")
-    print("error: " + " ".join((message or str(error)).split()), file=sys.stderr)
+    if code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes that see the same, one says it
+        print("error: " + " ".join((message or _words(error)).split()), file=sys.stderr)
     return code
 
 

@@ -16,5 +16,10 @@ class Interrupted(Exception):  # noqa: N818 (it is no error: the work was saved)
         self.exit_code = exit_code
 
 
+stops: list[int] = []
+"""Exit codes of signals that came before a run's loop. Python drops an exception that a handler raises while some
+object is being deleted; the loop reads them here."""
+
+
 class RunFailed(Exception):  # noqa: N818 (it reads as a sentence)
     """The run cannot go on, through no fault of the input: the message says what was saved; exit code 1."""

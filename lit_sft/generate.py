@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lit_sft.args import GenerateArgs
 from lit_sft.atomic import Manifest
-from lit_sft.checkpoint import load_model, read_adapter_config
+from lit_sft.checkpoint import load_model, read_adapter_config, resolve_base
 from lit_sft.errors import InputError
-from lit_sft.layout import check_checkpoint_dir, only_checkpoint_dir
+from lit_sft.layout import only_checkpoint_dir
 from lit_sft.model import GPT, KVCache
 from lit_sft.prompts import CHAT_TEMPLATE, PLAIN, Message
 from lit_sft.runtime import BASE_DTYPE, pick_device
@@ -20,6 +20,7 @@ from lit_sft.tokenizer import Tokenizer
 
 SAMPLE_PROMPT = "What food do llamas eat?"
 SAMPLE_TOKENS = 64
+SHOWN_TOKENS = 24  # of the prompt, whose beginning is the style's and always the same
 
 
 def next_token(
@@ -99,13 +100,13 @@ def sampler(
         raise InputError(
             f"--sample_prompt has {len(prompt_ids)} tokens; the model takes 1 to {model.config.block_size - 1}"
         )
-    question = _one_line(tokenizer.decode(prompt_ids[-SAMPLE_TOKENS:]))
+    question = _one_line(tokenizer.decode(prompt_ids[-SHOWN_TOKENS:]))
 
     def sample(step: int) -> str:
         model.eval()
         with context():
             answer = list(generate(model, prompt_ids, SAMPLE_TOKENS, shards.manifest.facts["stop_ids"]))
-        return f"  … {question}\n  → {_one_line(tokenizer.decode(answer))}"
+        return f"  asked: … {question}\n  answer: {_one_line(tokenizer.decode(answer))}"
 
     return sample
 
@@ -121,8 +122,10 @@ def answers(args: GenerateArgs) -> Iterator[Iterator[str]]:
     Raises InputError when model, adapter or prompt do not allow it.
     """
     adapter = read_adapter_config(args.adapter_dir) if args.adapter_dir else {}
-    named = args.checkpoint_dir or adapter.get("checkpoint_dir")
-    checkpoint_dir = check_checkpoint_dir(named) if named else only_checkpoint_dir()
+    if adapter or args.checkpoint_dir:
+        checkpoint_dir = resolve_base(args.checkpoint_dir, adapter)
+    else:
+        checkpoint_dir = only_checkpoint_dir()
     tokenizer = Tokenizer(checkpoint_dir)
     trained = adapter or Manifest.read(checkpoint_dir).facts
     untrained_style = CHAT_TEMPLATE if tokenizer.chat_template else PLAIN

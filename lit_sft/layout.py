@@ -63,6 +63,8 @@ def check_checkpoint_dir(path: str | Path) -> Path:
     """Resolve ``path`` and require that it holds a converted checkpoint."""
     directory = resolve_checkpoint_dir(path)
     missing = [name for name in (MODEL_CONFIG, MANIFEST) if not (directory / name).is_file()]
+    if missing and (directory / MODEL_DIR / MANIFEST).is_file():
+        raise InputError(f"{directory} is a run; its model is {directory / MODEL_DIR}")
     if missing:
         raise InputError(
             f"{directory} is not a converted checkpoint: {' and '.join(missing)} missing; "
@@ -83,8 +85,11 @@ def only_checkpoint_dir() -> Path:
 def check_data_dir(path: str | Path) -> Path:
     """Require that ``path`` is a directory a prepare script finished writing."""
     directory = Path(path)
+    if directory.is_file():
+        raise InputError(f"{path} is a file; prepare it first: python scripts/prepare_dataset.py --data_file {path}")
     if not directory.is_dir():
-        raise InputError(f"no data directory {str(path)!r}; make it with a scripts/prepare_*.py")
+        present = ", ".join(str(p.parent) for p in sorted(Path("data").glob(f"*/{MANIFEST}"))) or "none"
+        raise InputError(f"no data directory {str(path)!r} (found: {present}); make it with a scripts/prepare_*.py")
     if not (directory / MANIFEST).is_file():
         raise InputError(f"{directory} is not prepared: {MANIFEST} missing; run a scripts/prepare_*.py on your data")
     return directory

@@ -115,7 +115,7 @@ def train_step(
     if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler_copes):
         optimizer.zero_grad()
         raise FloatingPointError(
-            f"step {step.number}: loss {loss}, gradient norm {grad_norm}, in examples {step.examples[:8]} and others"
+            f"step {step.number}: loss {loss}, gradient norm {grad_norm}, among examples {str(step.examples)[1:81]}"
         )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -128,7 +128,7 @@ def train_step(
         "epoch": step.epoch,
         "loss": loss,
         "lr": learning_rate,
-        "grad_norm": grad_norm,
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
         "n_labels": step.n_labels,
         "n_tokens": step.n_tokens,
         "tokens_per_s": step.n_tokens / seconds,

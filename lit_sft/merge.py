@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from lit_sft.args import MergeArgs
-from lit_sft.checkpoint import load_model, read_adapter_config, save_model
+from lit_sft.checkpoint import load_model, read_adapter_config, resolve_base, save_model
 from lit_sft.errors import InputError, RunFailed
-from lit_sft.layout import check_checkpoint_dir
 from lit_sft.lora import merge_lora
 from lit_sft.model import GPT
 
@@ -22,7 +21,7 @@ def merge_checkpoint(args: MergeArgs) -> Path:
     Raises RunFailed, having written nothing, when the merged model's logits are not those of base and adapter.
     """
     adapter = read_adapter_config(args.lora_path)
-    checkpoint_dir = check_checkpoint_dir(args.checkpoint_dir or adapter["checkpoint_dir"])
+    checkpoint_dir = resolve_base(args.checkpoint_dir, adapter)
     out_dir = Path(args.out_dir)
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise InputError(f"--out_dir {out_dir} exists and is not an empty folder; name another")

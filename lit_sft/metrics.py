@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lit_sft.atomic import write_atomically
+from lit_sft.errors import InputError
 from lit_sft.layout import METRICS
 
 PLAIN_INTERVAL = 10.0  # seconds between lines where the output is no terminal
@@ -28,8 +29,11 @@ class Metrics:
     def _lines(self) -> list[dict]:
         if not self.path.is_file():
             return []
-        lines = self.path.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may have cut the last one
+        try:
+            lines = self.path.read_text().splitlines(keepends=True)
+            return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may have cut the last one
+        except ValueError as error:
+            raise InputError(f"{self.path} is damaged ({error}); move it away to go on without") from None
 
     def log(self, record: dict) -> None:
         """Append one step's record and refresh the line."""
@@ -38,6 +42,7 @@ class Metrics:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         text = {"loss": f"{record['loss']:.4f}", "tok/s": f"{record['tokens_per_s']:,.0f}"}
+        text["lr"] = f"{record['lr']:.1e}"
         text["mem"] = f"{record['peak_mem_bytes'] / 2**30:.2f} GiB"
         self.bar.set_postfix(text, refresh=False)
         self.bar.update()

@@ -1,5 +1,6 @@
 """Which examples share a packed row: balanced rows of whole examples, nothing padded, nothing cut."""
 
+from heapq import heappop, heappush
 from math import ceil
 
 
@@ -30,12 +31,12 @@ def _balance(
     order: list[int], lengths: list[int], n_rows: int, max_tokens: int, max_examples: int | None
 ) -> list[list[int]] | None:
     rows: list[list[int]] = [[] for _ in range(n_rows)]
-    filled = [0] * n_rows
+    shortest_first = [(0, r) for r in range(n_rows)]
     for i in order:
-        open_rows = [r for r in range(n_rows) if max_examples is None or len(rows[r]) < max_examples]
-        shortest = min(open_rows, key=lambda r: filled[r])
-        if filled[shortest] + lengths[i] > max_tokens:
+        filled, r = heappop(shortest_first)
+        if filled + lengths[i] > max_tokens:
             return None
-        rows[shortest].append(i)
-        filled[shortest] += lengths[i]
+        rows[r].append(i)
+        if max_examples is None or len(rows[r]) < max_examples:
+            heappush(shortest_first, (filled + lengths[i], r))
     return rows

@@ -56,6 +56,8 @@ def prepare(args: PrepareArgs, source: Path | HubDataset, name: str, columns: Co
     train, val = split(kept, args.val_split_fraction, args.seed)
     facts |= {"n_train": len(train), "n_val": len(val), "n_skipped": len(skipped), "n_cut": n_cut}
     facts |= statistics(examples, kept)
+    if (destination / MANIFEST).exists():
+        print(f"replacing what {destination} held")
     with publish_directory(destination, KIND) as folder:
         names = write_shards(folder, "train", train) + write_shards(folder, "val", val)
         Manifest(KIND, facts).write(folder, names)

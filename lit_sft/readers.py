@@ -3,6 +3,7 @@
 import codecs
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,11 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     # Bytes that are not UTF-8 become lone surrogates, which the check of their cell finds: so the message names it.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        # European spreadsheets write ";" (or tabs) into what they call CSV: the header's most frequent mark it is
+        first = re.sub(r'"[^"]*"', "", file.readline())
+        file.seek(0)
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=first.count)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
         header, number, line = None, 0, 1
         try:
             for cells in reader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -27,9 +28,9 @@ from lit_sft.layout import (
     RUN_ARGUMENTS,
     RUN_INPUTS,
     STATES_DIR,
-    read_json,
     state_name,
 )
+from lit_sft.optim import warmup_steps
 from lit_sft.shards import Shards
 from lit_sft.tokenizer import Tokenizer
 
@@ -38,6 +39,8 @@ FREE = {
     "debug", "out_dir", "resume", "device", "devices", "micro_batch_size", "micro_batch_tokens", "max_time",
     "eval_interval", "save_interval", "keep_last", "sample_prompt", "checkpoint_dir", "data_dir", "max_iters", "epochs",
 }  # fmt: skip
+
+PLACES = ("device", "devices", "micro_batch_size", "micro_batch_tokens")  # these move the last bits
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -113,13 +116,18 @@ def _start_or_go_on(args: TrainArgs, shards: Shards) -> Path | None:
         "base_fingerprint": base_fingerprint(Path(args.checkpoint_dir)),
         "data_fingerprint": "+".join(fact["sha256"] for _, fact in sorted(shards.manifest.files.items())),
     }
-    print(f"{len(shards)} training examples, {args.global_batch_size} a step, {args.max_steps} steps")
+    epochs = args.max_steps / math.ceil(len(shards) / args.global_batch_size)
+    print(f"{args.checkpoint_dir} + {args.data_dir} → {out_dir}, {args.precision}")
+    print(
+        f"{len(shards):,} training examples, {args.global_batch_size} a step: {args.max_steps} steps, {epochs:.3g} "
+        f"epochs, learning rate {args.learning_rate:g} after {warmup_steps(args, args.max_steps)} steps of warmup"
+    )
     if shards.n_cut:
-        print(f"--max_seq_length {args.max_seq_length} cuts {shards.n_cut} of them")
+        print(f"--max_seq_length {args.max_seq_length} cuts or leaves out {shards.n_cut} examples")
     state = None
     if path.is_file():
         if any((out_dir / STATES_DIR).glob("step-*")):  # a run that saved nothing may start anew with other arguments
-            _compare(yaml.safe_load(path.read_text()) | read_json(inputs_path), arguments | inputs, out_dir)
+            _compare(_recorded(out_dir), arguments | inputs, out_dir)
         sweep(out_dir)
         sweep(out_dir / STATES_DIR)
         state = newest_state(out_dir) if args.resume == "auto" else go_back(Path(args.resume))
@@ -147,7 +155,20 @@ def _check_resume(args: TrainArgs) -> None:
         raise InputError(f"--resume {args.resume}: no saved state; a folder of {out_dir / STATES_DIR} can be named")
 
 
+def _recorded(out_dir: Path) -> dict:
+    """What a run was started with; InputError when its files do not say."""
+    try:
+        arguments = yaml.safe_load((out_dir / RUN_ARGUMENTS).read_text())
+        return arguments | json.loads((out_dir / RUN_INPUTS).read_text())
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise InputError(f"{out_dir} does not say what its run was started with ({why}); name another") from None
+
+
 def _compare(before: dict, now: dict, out_dir: Path) -> None:
+    moved = [f"{k} {now[k]} instead of {before.get(k)}" for k in PLACES if before.get(k) != now[k]]
+    if moved:
+        print(f"going on with {', '.join(moved)}: the same computation, equal to rounding")
     changed = [k for k in now if k not in FREE and before.get(k) != now[k]]
     if changed:
         differences = ", ".join(f"{k}: {before.get(k)!r} then, {now[k]!r} now" for k in changed)

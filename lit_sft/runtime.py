@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lit_sft.args import TrainArgs
-from lit_sft.errors import InputError
+from lit_sft.errors import InputError, stops
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -117,4 +117,4 @@ class StopSignals:
     @property
     def exit_code(self) -> int:
         """What the run must exit with: 130, 143 or 75, or 0 when no signal came."""
-        return EXIT_CODES.get(self.received, 0)
+        return EXIT_CODES.get(self.received, stops[-1] if stops else 0)

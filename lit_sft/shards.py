@@ -72,12 +72,13 @@ class Shards:
     """The examples of one split of a data_dir, read through memory maps.
 
     Attributes:
-        lengths: (N,) int64, tokens of each example.
+        lengths: (N,) int64, tokens of each example, after the cut.
+        n_cut: examples that the cut shortened or, where the data were prepared so, left out.
         n_labels: (N,) int64, labelled tokens of each.
     """
 
     def __init__(self, data_dir: str | Path, split: str, max_seq_length: int | None = None) -> None:
-        """Open ``split`` (train or val); ``max_seq_length`` cuts the tails of longer examples.
+        """Open ``split`` (train or val); ``max_seq_length`` applies the overflow rule of the data again.
 
         Raises InputError when the directory is not prepared or damaged, and when a cut leaves an example no label.
         """
@@ -89,9 +90,15 @@ class Shards:
         offsets = [shard["offsets"] for shard in self.shards]
         self.starts = torch.cat([o[:-1] for o in offsets]) if offsets else torch.empty(0, dtype=torch.int64)
         full = torch.cat([o.diff() for o in offsets]) if offsets else torch.empty(0, dtype=torch.int64)
-        self.lengths = full if max_seq_length is None else full.clamp(max=max_seq_length)
-        self.n_cut = int((full > self.lengths).sum())
         self.shard_of = torch.cat([torch.full((len(o) - 1,), i) for i, o in enumerate(offsets)]) if offsets else full
+        rule = self.manifest.facts.get("arguments", {}).get("on_overflow", "truncate")
+        fits = full <= (max_seq_length or torch.inf)
+        self.n_cut = int((~fits).sum())
+        if self.n_cut and rule == "error":
+            raise InputError(f"{directory}: {self.n_cut} {split} examples are longer than {max_seq_length} tokens")
+        if rule == "drop":
+            self.starts, full, self.shard_of = self.starts[fits], full[fits], self.shard_of[fits]
+        self.lengths = full if max_seq_length is None else full.clamp(max=max_seq_length)
         self.n_labels = self._count_labels()
         if empty := (self.n_labels == 0).nonzero().flatten().tolist():
             raise self._refusal(directory, split, empty, full)

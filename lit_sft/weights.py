@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from lit_sft.atomic import Manifest, fsync, write_atomically
 from lit_sft.config import ModelConfig
-from lit_sft.layout import MODEL_CONFIG, MODEL_INDEX, MODEL_WEIGHTS, TOKENIZER_FILES
+from lit_sft.errors import InputError
+from lit_sft.layout import MODEL_CONFIG, MODEL_INDEX, MODEL_WEIGHTS
 
 CHECKPOINT = "checkpoint"
 SHARD_BYTES = 5 * 10**9
@@ -45,7 +46,6 @@ def write_checkpoint(directory: Path, config: ModelConfig, weights: list[Weight]
         write_atomically(directory / MODEL_INDEX, json.dumps(index, indent=2) + "\n")
     write_atomically(directory / MODEL_CONFIG, config.to_json())
     recorded = [*files, MODEL_CONFIG, *([MODEL_INDEX] if len(files) > 1 else [])]
-    recorded += [name for name in TOKENIZER_FILES if (directory / name).is_file()]
     Manifest(CHECKPOINT, facts).write(directory, recorded, hashes)
     for leftover in set(directory.glob("lit_model*")) - {directory / name for name in recorded}:
         leftover.unlink()  # of an earlier conversion with other shards
@@ -97,6 +97,8 @@ def write_safetensors(path: Path, weights: list[Weight], progress: Callable[[int
         fsync(temporary)
         temporary.rename(path)
         fsync(path.parent)
+    except OSError as error:  # a write that fails does not know its file's name
+        raise InputError(f"{path} cannot be written: {error.strerror}; make room, or name another folder") from error
     finally:
         temporary.unlink(missing_ok=True)
     return digest.hexdigest()

@@ -482,9 +482,9 @@ NO_SUCH_THING: list[tuple[str, str, list[str], str]] = [
         "merge into the base",
         "merge_lora",
         ["--lora_path=out/lora", "--out_dir=checkpoints/test/base"],
-        "is the base itself",
+        "is not an empty folder",
     ),
-    ("merge into a run", "merge_lora", ["--lora_path=out/lora", "--out_dir=out/lora"], "is not a checkpoint"),
+    ("merge into a run", "merge_lora", ["--lora_path=out/lora", "--out_dir=out/lora"], "is not an empty folder"),
     ("empty prompt", "generate", ["--checkpoint_dir=test/base", "--prompt="], "--prompt is empty"),
     ("long prompt", "generate", ["--checkpoint_dir=test/base", "--prompt=" + "llama " * 600], "model takes 1 to 511"),
     ("repository", "download", ["--repo_id", "llama"], "'llama' is not of the form ORG/MODEL"),
@@ -819,7 +819,7 @@ def test_ctrl_c_while_preparing_leaves_nothing(big_csv: Path):
     before = listing(big_csv)
     flags = ["--csv_path=big.csv", "--checkpoint_dir=test/base", "--destination_path=data/big"]
     outcome = interrupt([*doors("prepare_csv")["script"], *flags], big_csv, "reading")
-    assert outcome.refusal(130) == "interrupted; nothing was written under its final name"
+    assert outcome.refusal(130) == "interrupted; nothing is left half written"
     assert listing(big_csv) == before
 
 

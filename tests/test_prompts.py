@@ -394,3 +394,9 @@ def test_rendering_costs_one_render_a_dialogue(monkeypatch):
     for i in range(5):
         render((user(f"{i}"), assistant("x"), user("y"), assistant("z")), CHAT_TEMPLATE, SPECIAL, chat_templates.CHATML)
     assert len(calls) == 5
+
+
+def test_the_help_lists_every_style():
+    from lit_sft import args, prompts
+
+    assert set(re.split(r", | or ", args.STYLES)) == {*prompts.PROMPT_STYLES, prompts.CHAT_TEMPLATE}

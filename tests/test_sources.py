@@ -130,7 +130,6 @@ REFUSED = {
     "blank": ("d.jsonl", "\n\n", ["holds no rows"]),
     "empty-list": ("d.json", "[]", ["holds no rows"]),
     "unknown-columns": ("d.csv", "a,b\n1,2\n", ["columns: 'a', 'b'", "--instruction_column", "--messages_column"]),
-    "semicolons": ("d.csv", "instruction;output\nQ;A\n", ["columns: 'instruction;output'"]),
     "no-output": ("d.csv", "instruction,input\nQ,C\n", ["no known format", "'instruction', 'input'"]),
     "two-outputs": (
         "d.csv",
@@ -504,3 +503,13 @@ def hub_answers(tmp_path_factory):
 def test_hub(hub_answers, case):
     answer, expected = hub_answers[case], HUB[case][1]
     assert (expected in answer and "\n" not in answer) if isinstance(expected, str) else answer[0] == expected, answer
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_the_marks_of_spreadsheets(tmp_path, mark):
+    """A CSV of a European spreadsheet: semicolons or tabs, a byte order mark, quotes around what holds the mark."""
+    path = tmp_path / "d.csv"
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=mark).writerows([["instruction", "output"], [f"a{mark} b; c, d", 'say "é"\ntwice']])
+    (sample,), *_ = read_samples(path)
+    assert [m.content for m in sample.messages] == [f"a{mark} b; c, d", 'say "é"\ntwice']
