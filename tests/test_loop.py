@@ -19,6 +19,7 @@ from test_lora import filled_adapter, to_peft
 from finetune import full, lora
 from lit_sft import load_model
 from lit_sft.args import ConvertArgs, FullTrainArgs, LoRAArgs, LoRATrainArgs, PrepareArgs
+from lit_sft.atomic import Manifest
 from lit_sft.batches import TrainSteps, ValRows
 from lit_sft.checkpoint import load_adapter
 from lit_sft.convert import convert_checkpoint
@@ -390,6 +391,59 @@ def test_an_unfinished_run_refuses_other_arguments(
     with pytest.raises(InputError, match=message):
         lora.main(lora_args(data_dir, out, **({"max_steps": 4} | change)))
     assert before == ((out / "run.yaml").read_bytes(), read_metrics(out))
+
+
+def test_another_rope_in_the_bases_config_is_another_base(data: tuple[Path, Path], tmp_path: Path) -> None:
+    base, data_dir = data
+    lora.main(lora_args(data_dir, tmp_path / "out", max_steps=4, max_time=1e-9))
+    config = base / "model_config.json"
+    config.write_text(config.read_text().replace("10000.0", "90000.0"))
+    with pytest.raises(InputError, match=r"model_config.json differs"):
+        load_model(base)
+    Manifest("checkpoint", {}).write(base, ["lit_model.safetensors", "model_config.json"])
+    with pytest.raises(InputError, match="base_fingerprint"):
+        lora.main(lora_args(data_dir, tmp_path / "out", max_steps=4))
+
+
+def test_when_every_state_is_damaged_nothing_starts_anew(data: tuple[Path, Path], tmp_path: Path) -> None:
+    _, data_dir = data
+    out = tmp_path / "out"
+    lora.main(lora_args(data_dir, out, max_steps=4, max_time=1e-9))
+    (out / "checkpoints" / "step-00000001" / "adapter.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="no intact state left"):
+        lora.main(lora_args(data_dir, out, max_steps=4))
+    assert len(read_metrics(out)) == 1
+
+
+def test_a_signal_that_came_before_the_loop_ends_it(
+    data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lit_sft import errors
+    from lit_sft.errors import Interrupted
+
+    monkeypatch.setattr(errors, "stops", [143])
+    monkeypatch.setattr("lit_sft.runtime.stops", [143])
+    with pytest.raises(Interrupted, match="after step 1 of 4") as stopped:
+        lora.main(lora_args(data[1], tmp_path / "out", max_steps=4))
+    assert stopped.value.exit_code == 143
+
+
+@pytest.mark.parametrize(("rule", "kept"), [("truncate", 141), ("drop", None), ("error", None)])
+def test_a_shorter_limit_applies_the_datas_overflow_rule_again(
+    checkpoint: Callable[..., Path], tmp_path: Path, rule: str, kept: int | None
+) -> None:
+    args = PrepareArgs(checkpoint_dir=str(checkpoint()), destination_path=str(tmp_path / "d"), on_overflow=rule)
+    prepare(args, ROOT / "demo" / "instructions.csv", "csv", Columns())
+    lengths = Shards(tmp_path / "d", "train").lengths
+    limit = int(lengths.max()) - 1
+    fitting = int((lengths <= limit).sum())
+    if rule == "error":
+        with pytest.raises(InputError, match=f"longer than {limit} tokens"):
+            Shards(tmp_path / "d", "train", limit)
+    else:
+        shards = Shards(tmp_path / "d", "train", limit)
+        assert len(shards) == (kept or fitting) and shards.n_cut == 141 - fitting > 0
+        assert sum(len(shards[i][0]) for i in range(len(shards))) == int(shards.lengths.sum())
 
 
 def test_changed_data_is_refused(data: tuple[Path, Path], tmp_path: Path) -> None:
