@@ -39,8 +39,7 @@ FREE = {
     "debug", "out_dir", "resume", "device", "devices", "micro_batch_size", "micro_batch_tokens", "max_time",
     "eval_interval", "save_interval", "keep_last", "sample_prompt", "checkpoint_dir", "data_dir", "max_iters", "epochs",
 }  # fmt: skip
-
-PLACES = ("device", "devices", "micro_batch_size", "micro_batch_tokens")  # these move the last bits
+PLACES = ("device", "devices", "micro_batch_size", "micro_batch_tokens")  # those of them that move the last bits
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -56,7 +55,7 @@ def check_shards(train: Shards, val: Shards, tokenizer: Tokenizer, checkpoint_di
         )
     config = ModelConfig.from_dir(checkpoint_dir)
     block_size, vocab_size = config.block_size, config.vocab_size
-    largest = max(int(part["input_ids"].max()) for shards in (train, val) for part in shards.shards)
+    largest = max((int(part["input_ids"].max()) for shards in (train, val) for part in shards.shards), default=0)
     if largest >= vocab_size:
         raise InputError(
             f"the shards hold token id {largest}, {checkpoint_dir} has embeddings for ids below {vocab_size}: its "
