@@ -34,11 +34,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Give ``path`` this content, or leave what was there: temporary file beside it, fsync, rename."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary file's name beside ``path``; when the block ends well, what was written there becomes ``path``.
+
+    What was there stays otherwise. InputError when the disk refuses.
+    """
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield temporary
         fsync(temporary)
         temporary.rename(path)
         fsync(path.parent)
@@ -46,6 +50,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror}; make room, or name another folder") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Give ``path`` this content, or leave what was there."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def replaceable(directory: Path, kind: str) -> bool:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_sft.atomic import Manifest, fsync, write_atomically
+from lit_sft.atomic import Manifest, replacing, write_atomically
 from lit_sft.config import ModelConfig
-from lit_sft.errors import InputError
 from lit_sft.layout import MODEL_CONFIG, MODEL_INDEX, MODEL_WEIGHTS
 
 CHECKPOINT = "checkpoint"
@@ -83,22 +81,13 @@ def write_safetensors(path: Path, weights: list[Weight], progress: Callable[[int
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            for piece in (struct.pack("<Q", len(text)), text):
-                file.write(piece)
-                digest.update(piece)
-            for weight in weights:
-                content = weight.load().contiguous().reshape(-1).view(torch.uint8).numpy().data
-                file.write(content)
-                digest.update(content)
-                progress(len(content))
-        fsync(temporary)
-        temporary.rename(path)
-        fsync(path.parent)
-    except OSError as error:  # a write that fails does not know its file's name
-        raise InputError(f"{path} cannot be written: {error.strerror}; make room, or name another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        for piece in (struct.pack("<Q", len(text)), text):
+            file.write(piece)
+            digest.update(piece)
+        for weight in weights:
+            content = weight.load().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            file.write(content)
+            digest.update(content)
+            progress(len(content))
     return digest.hexdigest()
