@@ -22,7 +22,7 @@ from lit_sft.args import DownloadArgs
 from lit_sft.atomic import fsync, lock, sha256_of, write_atomically
 from lit_sft.errors import InputError
 from lit_sft.families.repositories import REPOSITORIES
-from lit_sft.layout import CHECKPOINTS, DOWNLOAD_RECORD, HF_CONFIG, TOKENIZER_FILES
+from lit_sft.layout import CHECKPOINTS, DOWNLOAD_RECORD, HF_CONFIG, MANIFEST, TOKENIZER_FILES
 
 SMALL_FILES = {HF_CONFIG, *TOKENIZER_FILES, "chat_template.json", "vocab.json", "merges.txt"}
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is enough
@@ -127,6 +127,7 @@ def _settle(directory: Path, record: dict, plan: dict[str, dict], commit: str, a
     for name in here & (plan.keys() | known.keys()):
         if not _is_right(directory / name, (kept | plan).get(name), known.get(name)):
             (directory / name).unlink()
+            (directory / MANIFEST).unlink(missing_ok=True)  # what was converted from it counts no longer
     record = {"repo_id": args.repo_id, "revision": args.revision or "main", "commit": commit, "files": kept | plan}
     write_atomically(directory / DOWNLOAD_RECORD, json.dumps(record, indent=2) + "\n")
 

@@ -249,7 +249,12 @@ def test_a_revision_replaces_another_whole(download, tmp_path):
         download(hub.url, "--repo_id", "org/model").ok()
         (folder(tmp_path) / "lit_model.safetensors").write_bytes(b"ours")
         hub.requests.clear()
+        manifest = tmp_path / "checkpoints" / "org" / "model" / "manifest.json"
+        manifest.write_text("converted from main")
+        download(hub.url, "--repo_id", "org/model").ok()
+        assert manifest.exists()
         download(hub.url, "--repo_id", "org/model", "--revision", "v2").ok()
+        assert not manifest.exists(), "weights of one revision must not pass for those of another"
         assert hub.fetched() == ["model.safetensors"]
         assert names(folder(tmp_path)) == {*BASE, "model.safetensors", "lit_model.safetensors"}
         commit = repo.commit("v3")
