@@ -1,4 +1,4 @@
-"""The Hub: files come in, each verified before it gets its final name. The only user of huggingface_hub.
+"""The Hub: files come in, each verified before it gets its final name.
 
 Its HTTP client, retries and tokens are used, its download into a folder is not: that forgets partial files when a run
 ends, and never compares what came with the hash that the Hub states.
