@@ -12,7 +12,8 @@ def main(args: FullTrainArgs) -> None:
     from lit_sft.batches import TrainSteps, ValRows
     from lit_sft.generate import sampler
     from lit_sft.loop import fit
-    from lit_sft.run import check_shards, finish, open_run, resolve_args, saver
+    from lit_sft.prompts import PROMPT_FACTS
+    from lit_sft.run import Saver, can_share_prefix, check_shards, finish, open_run, resolve_args
     from lit_sft.shards import Shards
     from lit_sft.tokenizer import Tokenizer
 
@@ -25,33 +26,32 @@ def main(args: FullTrainArgs) -> None:
 
     # which examples make each step, on this process
     fabric = runtime.launch(args)
-    train_steps = TrainSteps(train, args, fabric.world_size, fabric.global_rank)
-    val_batches = ValRows(val, train_steps.row_tokens, fabric.world_size, fabric.global_rank)
+    share = can_share_prefix(args, checkpoint_dir, train)
+    train_steps = TrainSteps(train, args, fabric.world_size, fabric.global_rank, share)
+    val_batches = ValRows(val, train_steps.row_tokens, fabric.world_size, fabric.global_rank, share)
     args = resolve_args(args, checkpoint_dir, runtime.precision(fabric), train_steps)
 
     with open_run(args, train, fabric) as state:
         # the model, all of it trained; 16-bit weights get fp32 masters
         model = checkpoint.load_model(checkpoint_dir, dtype=runtime.base_dtype(fabric), device=fabric.device)
+        model.checkpoint_every = args.checkpoint_every
         trained = optim.master_parameters(model)
         optimizer = optim.build_optimizer(model, trained, args)
-        done = 0
-        if state:
-            done = checkpoint.load_state(state, layout.TRAINED_WEIGHTS, trained, optimizer)
-            optim.publish(trained, model)
+        save = Saver(fabric, args, layout.TRAINED_WEIGHTS, trained, optimizer, {})
+        done = save.restore(state)
+        optim.publish(trained, model)
 
         # the loop
-        style = train.manifest.facts["prompt_style"]
-        save = saver(fabric, args, layout.TRAINED_WEIGHTS, trained, optimizer, {})
-        sample = sampler(model, tokenizer, style, args.sample_prompt, val if len(val) else train, fabric.autocast)
+        sample = sampler(model, tokenizer, args.sample_prompt, val if len(val) else train, fabric.autocast)
         lr_at = optim.lr_schedule(args, train_steps.max_steps)
         last = fit(fabric, model, optimizer, lr_at, train_steps, val_batches, args, save, sample, done=done)
 
         # the result
         if fabric.is_global_zero:
             model_dir = Path(args.out_dir) / layout.MODEL_DIR
-            facts = {"prompt_style": style, "stop_ids": train.manifest.facts["stop_ids"]}
+            facts = {name: train.manifest.facts.get(name) for name in PROMPT_FACTS}
             checkpoint.save_model(model_dir, model, checkpoint_dir, facts)
-            finish(args, last, model_dir)
+            finish(args, last, model_dir, save)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def main(args: LoRATrainArgs) -> None:
     from lit_sft.generate import sampler
     from lit_sft.loop import fit
     from lit_sft.lora import apply_lora
-    from lit_sft.run import check_shards, finish, open_run, resolve_args, saver
+    from lit_sft.run import Saver, can_share_prefix, check_shards, finish, open_run, resolve_args
     from lit_sft.shards import Shards
     from lit_sft.tokenizer import Tokenizer
 
@@ -30,24 +30,27 @@ def main(args: LoRATrainArgs) -> None:
 
     # which examples make each step, on this process
     fabric = runtime.launch(args)
-    train_steps = TrainSteps(train, args, fabric.world_size, fabric.global_rank)
-    val_batches = ValRows(val, train_steps.row_tokens, fabric.world_size, fabric.global_rank)
+    share = can_share_prefix(args, checkpoint_dir, train)
+    train_steps = TrainSteps(train, args, fabric.world_size, fabric.global_rank, share)
+    val_batches = ValRows(val, train_steps.row_tokens, fabric.world_size, fabric.global_rank, share)
     args = resolve_args(args, checkpoint_dir, runtime.precision(fabric), train_steps)
 
     with open_run(args, train, fabric) as state:
         # the frozen base and the adapter that is trained beside it
-        model = checkpoint.load_model(checkpoint_dir, dtype=runtime.base_dtype(fabric), device=fabric.device)
+        model = checkpoint.load_model(checkpoint_dir, None, runtime.base_dtype(fabric), fabric.device, args.quantize)
+        model.checkpoint_every = args.checkpoint_every
         dropout = apply_lora(model, args, args.seed)
         trained = optim.master_parameters(model)
         optimizer = optim.build_optimizer(model, trained, args)
-        done = checkpoint.load_state(state, layout.ADAPTER_WEIGHTS, trained, optimizer) if state else 0
+
+        # where an interrupted run goes on; each saved state is an adapter too
+        facts = checkpoint.adapter_facts(checkpoint_dir, train.manifest.facts)
+        config = {layout.ADAPTER_CONFIG: checkpoint.adapter_json(args, facts)}
+        save = Saver(fabric, args, layout.ADAPTER_WEIGHTS, trained, optimizer, config)
+        done = save.restore(state)
 
         # the loop
-        style = train.manifest.facts["prompt_style"]
-        facts = checkpoint.adapter_facts(checkpoint_dir, style, train.manifest.facts["stop_ids"])
-        config = {layout.ADAPTER_CONFIG: checkpoint.adapter_json(args, facts)}
-        save = saver(fabric, args, layout.ADAPTER_WEIGHTS, trained, optimizer, config)
-        sample = sampler(model, tokenizer, style, args.sample_prompt, val if len(val) else train, fabric.autocast)
+        sample = sampler(model, tokenizer, args.sample_prompt, val if len(val) else train, fabric.autocast)
         lr_at = optim.lr_schedule(args, train_steps.max_steps)
         last = fit(fabric, model, optimizer, lr_at, train_steps, val_batches, args, save, sample, dropout, done)
 
@@ -55,7 +58,7 @@ def main(args: LoRATrainArgs) -> None:
         if fabric.is_global_zero:
             adapter_dir = Path(args.out_dir) / layout.ADAPTER_DIR
             checkpoint.save_adapter(adapter_dir, model, args, facts)
-            finish(args, last, adapter_dir)
+            finish(args, last, adapter_dir, save)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from lit_sft.errors import InputError
+from lit_sft.styles import CHAT_TEMPLATE, PROMPT_STYLES
 
-STYLES = "alpaca, alpaca-no-newline, llama2-chat, vicuna, hermes, platypus, beluga, plain or chat-template"
+STYLES = f"{', '.join(PROMPT_STYLES)}, {CHAT_TEMPLATE}, a Jinja or text file, or text with {{instruction}}"
 CHECKPOINT_DIR_HELP = "converted checkpoint, with or without checkpoints/ in front"
 
 
-def arg(default: Any, text: str, *aliases: str) -> Any:
-    """A dataclass field that is a flag, with its help and its other spellings."""
-    return field(default=default, metadata={"help": text, "aliases": aliases})
+def arg(default: Any, text: str, *aliases: str, bare: bool = False) -> Any:
+    """A dataclass field that is a flag, with its help and its other spellings; ``bare``: the name may be left out."""
+    return field(default=default, metadata={"help": text, "aliases": aliases, "bare": bare})
 
 
 @dataclass
@@ -57,6 +58,21 @@ class ConvertArgs(Args):
     checkpoint_dir: str | None = arg(None, "downloaded checkpoint, with or without checkpoints/ in front")
     dtype: Literal["float32", "bfloat16", "float16"] | None = arg(None, "precision to store (default: the source's)")
     model_name: str | None = arg(None, "accepted as in Lit-GPT, without effect: config.json says what the model is")
+    verify: bool = arg(False, "compare the logits with those of transformers; needs 4 bytes of memory per parameter")
+
+    def checks(self) -> dict[str, bool]:  # noqa: D102
+        return super().checks() | {"--checkpoint_dir is missing": self.checkpoint_dir is None}
+
+
+@dataclass
+class DoctorArgs(Args):
+    """Flags of scripts/doctor.py."""
+
+    checkpoint_dir: str | None = arg(
+        None,
+        "checkpoint, converted or not, with or without checkpoints/ in front; may stand without its name",
+        bare=True,
+    )
 
     def checks(self) -> dict[str, bool]:  # noqa: D102
         return super().checks() | {"--checkpoint_dir is missing": self.checkpoint_dir is None}
@@ -69,22 +85,80 @@ class PrepareArgs(Args):
     checkpoint_dir: str | None = arg(None, CHECKPOINT_DIR_HELP + " (default: the only one there is)")
     destination_path: str | None = arg(None, "folder to write the shards to (default: data/<name>)")
     data_file: str | None = arg(
-        None, "local file to read: .json, .jsonl, .csv, .tsv or .parquet", "csv_path", "csv_dir"
+        None, "file to read, or its address: .json, .jsonl, .csv, .tsv, .parquet or .arrow", "csv_path", "csv_dir"
     )
+    data_file_url: str | None = arg(None, "address of a file to fetch and read")
+    data_file_name: str | None = arg(None, "name under which a fetched file is kept in data/ (default: its own)")
+    data_repo_id: str | None = arg(None, "dataset on the Hub, read when no file is given", "repo_id")
+    data_config: str | None = arg(None, "configuration (subset) of the Hub dataset")
+    data_split: str = arg("train", "split of the Hub dataset")
+    data_val_split: str | None = arg(None, "its split to take as val, as it is, so that none is drawn from the other")
+    val_file: str | None = arg(None, "file to take as val, as it is, so that none is drawn from the other data")
     max_seq_length: int | None = arg(None, "longest example kept, in tokens (default: the model's context)")
     val_split_fraction: float = arg(0.1, "share of the samples held out for validation", "test_split_fraction")
-    seed: int = arg(42, "seed of the train/val split")
+    seed: int = arg(42, "seed of the train/val split, of what is drawn and of the order")
     mask_prompt: bool = arg(True, "learn the responses only, not the prompts", "mask_inputs")
-    prompt_style: str | None = arg(None, f"{STYLES}; default: the checkpoint's chat-template, else alpaca")
+    prompt_style: str | None = arg(None, f"{STYLES}; default: what the checkpoint's files ask for, else alpaca")
+    system_prompt: str | None = arg(None, "system message of dialogues that have none (default: the style's own)")
     on_overflow: Literal["truncate", "drop", "error"] = arg("truncate", "what happens to a too long example's response")
-    on_error: Literal["fail", "skip"] = arg("fail", "what a malformed sample does: end the command, or be left out")
+    on_error: Literal["fail", "skip"] = arg(
+        "fail", "what malformed samples do: end the command, or go to skipped.jsonl beside the shards"
+    )
+    max_examples: int | None = arg(None, "most examples taken of a source, drawn at random (default: all)")
+    order: Literal["shuffle", "as_given", "length", "source"] = arg(
+        "shuffle", "order of training: shuffled anew each epoch; as the data have it; shortest first; source by source"
+    )
+    deduplicate: Literal["none", "exact", "near"] = arg(
+        "none", "leave out samples that repeat an earlier one, word for word or nearly (MinHash)"
+    )
+    near_duplicate_similarity: float = arg(0.8, "Jaccard similarity of word triples from which on one is a repetition")
+    on_leakage: Literal["keep", "move", "drop"] = arg(
+        "keep", "val examples whose prompt is in train too are counted; move: to train; drop: leave them out"
+    )
+    min_tokens: int | None = arg(None, "leave out shorter examples")
+    max_tokens: int | None = arg(None, "leave out longer examples; others may still be cut to max_seq_length")
+    min_response_tokens: int | None = arg(None, "leave out examples with fewer tokens after the first prompt")
+    min_alphanumeric_share: float | None = arg(
+        None, "leave out responses with a smaller share of letters and digits among what is no white space"
+    )
+    max_repetition_share: float | None = arg(
+        None, "leave out responses in which a larger share of the stretches of three tokens are repetitions"
+    )
+    keep_scores: str | None = arg(
+        None, "file of ratings: a table with a column score (and row, from 1), or a score a line; needs --min_score"
+    )
+    min_score: float | None = arg(None, "leave out samples rated lower in --keep_scores")
+    num_workers: int | None = arg(None, "processes that tokenize (default: one a core, 8 at most); same bytes for any")
+    show: int = arg(0, "examples to print afterwards, what is learned marked; report.html shows more")
     ignore_index: int | None = arg(None, "accepted as in Lit-GPT, without effect: labels are masked by position")
     access_token: str | None = arg(None, "Hub token for gated datasets; the environment's HF_TOKEN is used by default")
 
     def checks(self) -> dict[str, bool]:  # noqa: D102
-        return super().checks() | {
-            f"--max_seq_length {self.max_seq_length} must be at least 2": (self.max_seq_length or 2) < 2,
-            f"--val_split_fraction {self.val_split_fraction} must be in [0, 1)": not 0 <= self.val_split_fraction < 1,
+        sources = ("data_file", "data_file_url", "data_repo_id")
+        usual = {f.name: f.default for f in fields(self)}  # a script may have a dataset of its own
+        named = [f"--{name}" for name in sources if getattr(self, name) not in (None, usual[name])]
+        return (
+            super().checks()
+            | {
+                f"{' and '.join(named)} name different data; give one": len(named) > 1,
+                f"--max_seq_length {self.max_seq_length} must be at least 2": (self.max_seq_length or 2) < 2,
+                f"--val_split_fraction {self.val_split_fraction} must be in [0, 1)": not 0
+                <= self.val_split_fraction
+                < 1,
+                "--keep_scores and --min_score go together": (self.keep_scores is None) != (self.min_score is None),
+                f"--show {self.show} must not be negative": self.show < 0,
+                "--keep_scores is empty": self.keep_scores == "",
+                "--min_score must be a number": self.min_score is not None and self.min_score != self.min_score,
+            }
+            | self._bounds()
+        )
+
+    def _bounds(self) -> dict[str, bool]:
+        counts = ("max_examples", "min_tokens", "max_tokens", "min_response_tokens", "num_workers")
+        shares = ("min_alphanumeric_share", "max_repetition_share", "near_duplicate_similarity")
+        given = {name: value for name in (*counts, *shares) if (value := getattr(self, name)) is not None}
+        return {f"--{name} {given[name]} must be above 0": given[name] < 1 for name in counts if name in given} | {
+            f"--{name} {given[name]} must be in [0, 1]": not 0 <= given[name] <= 1 for name in shares if name in given
         }
 
 
@@ -92,9 +166,8 @@ class PrepareArgs(Args):
 class PrepareAlpacaArgs(PrepareArgs):
     """Flags of scripts/prepare_alpaca.py."""
 
-    data_repo_id: str = arg("yahma/alpaca-cleaned", "dataset on the Hub, read when no --data_file is given")
-    data_file_url: str | None = arg(None, "address of a JSON file to fetch instead of the Hub dataset")
-    data_file_name: str | None = arg(None, "name under which the fetched file is kept beside the shards' folder")
+    data_repo_id: str | None = arg(None, "dataset on the Hub to read in place of the variant's", "repo_id")
+    variant: Literal["cleaned", "original", "libre", "gpt4"] = arg("cleaned", "which Alpaca, when no source is given")
     val_split_fraction: float = arg(0.03865, "share of the samples held out for validation", "test_split_fraction")
 
 
@@ -102,8 +175,43 @@ class PrepareAlpacaArgs(PrepareArgs):
 class PrepareLimaArgs(PrepareArgs):
     """Flags of scripts/prepare_lima.py."""
 
-    data_repo_id: str = arg("GAIR/lima", "dataset on the Hub, read when no --data_file is given")
+    data_repo_id: str | None = arg("GAIR/lima", "dataset on the Hub, read when no file is given", "repo_id")
     include_multiturn_conversations: bool = arg(False, "whole dialogues with their history, not first turns only")
+
+
+@dataclass
+class PrepareDollyArgs(PrepareArgs):
+    """Flags of scripts/prepare_dolly.py."""
+
+    data_repo_id: str | None = arg(
+        "databricks/databricks-dolly-15k", "dataset on the Hub, read when no file is given", "repo_id"
+    )
+
+
+@dataclass
+class PrepareLongFormArgs(PrepareArgs):
+    """Flags of scripts/prepare_longform.py."""
+
+    data_repo_id: str | None = arg("akoksal/LongForm", "dataset on the Hub, read when no file is given", "repo_id")
+    data_val_split: str | None = arg("validation", "its split to take as val, as it is; null: draw one from train")
+
+
+@dataclass
+class PrepareFlanArgs(PrepareArgs):
+    """Flags of scripts/prepare_flan.py."""
+
+    data_repo_id: str | None = arg("Muennighoff/flan", "dataset on the Hub, read when no file is given", "repo_id")
+    data_val_split: str | None = arg("test", "its split to take as val, as it is; null: draw one from train")
+    subsets: str | None = arg(None, "tasks to read, by names with commas between: aeslc,trec (default: all 66)")
+
+
+@dataclass
+class PrepareOASSTArgs(PrepareArgs):
+    """Flags of scripts/prepare_oasst.py."""
+
+    data_repo_id: str | None = arg("OpenAssistant/oasst1", "dataset on the Hub, read when no file is given", "repo_id")
+    data_val_split: str | None = arg("validation", "its split to take as val, as it is; null: draw one from train")
+    languages: str | None = arg(None, "keep trees in these, by codes with commas between: en,de (default: all)", "lang")
 
 
 @dataclass
@@ -114,19 +222,28 @@ class PrepareCSVArgs(PrepareArgs):
     input_column: str | None = arg(None, "column of the optional input")
     output_column: str | None = arg(None, "column of the response")
     messages_column: str | None = arg(None, "column of whole dialogues: lists of {role, content} or {from, value}")
+    text_column: str | None = arg(None, "column of plain text without prompts, learned whole")
 
 
 @dataclass
 class PrepareDatasetArgs(PrepareCSVArgs):
     """Flags of scripts/prepare_dataset.py."""
 
-    data_repo_id: str | None = arg(None, "dataset on the Hub, read when no --data_file is given", "repo_id")
-    data_config: str | None = arg(None, "configuration (subset) of the Hub dataset")
-    data_split: str = arg("train", "split of the Hub dataset")
+    mix: str | None = arg(
+        None, "YAML list of sources to mix: data_file or data_repo_id, weight, max_examples, repeat, … (docs/data.md)"
+    )
 
     def checks(self) -> dict[str, bool]:  # noqa: D102
-        sources = (self.data_file is None) + (self.data_repo_id is None)
-        return super().checks() | {"give one of --data_file and --data_repo_id": sources != 1}
+        sources = (self.data_file, self.data_file_url, self.data_repo_id, self.mix)
+        given = [value for value in sources if value is not None]
+        mixed = self.mix is not None
+        return super().checks() | {
+            "give one of --data_file, --data_repo_id and --mix (or --data_file_url)": len(given) != 1,
+            "--mix is empty": self.mix == "",
+            "--keep_scores belongs to a source of --mix": mixed and self.keep_scores is not None,
+            "--val_file and --data_val_split do not go with --mix": mixed
+            and (self.val_file is not None or self.data_val_split is not None),
+        }
 
 
 @dataclass
@@ -154,6 +271,10 @@ class TrainArgs(Args):
     )
     micro_batch_size: int = arg(1, "most examples in a packed row, if above 1; otherwise only the unit of max_iters")
     micro_batch_tokens: int | None = arg(None, "longest packed row, in tokens (default: 8192 or the longest example)")
+    share_prefix: bool = arg(True, "compute what examples of a row begin with alike once (not with LoRA dropout)")
+    activation_checkpointing: str = arg(
+        "none", "blocks computed again backward, to save memory: none, all, or a number K for every K-th"
+    )
     max_seq_length: int | None = arg(None, "cut examples again, below the shards' length", "override_max_seq_length")
     learning_rate: float = arg(2e-4, "highest learning rate")
     lr_schedule: Literal["cosine", "linear", "constant"] = arg("cosine", "shape of the learning rate after warmup")
@@ -163,8 +284,20 @@ class TrainArgs(Args):
     max_norm: float | None = arg(1.0, "gradients are clipped to this norm; null: never")
     eval_interval: int = arg(50, "optimizer steps between validations; the last step always validates")
     save_interval: int = arg(50, "optimizer steps between saved states")
+    save_minutes: float | None = arg(None, "also save when this many minutes have passed since the last time")
     keep_last: int = arg(2, "saved states kept")
+    keep_best: bool = arg(True, "also save at each new lowest val loss, and keep that state")
+    on_nonfinite: Literal["stop", "skip"] = arg(
+        "stop", "what a loss or gradient that is not finite does: end the run, or leave the step without an update"
+    )
     sample_prompt: str | None = arg(None, "instruction answered at each validation (default: the first val example's)")
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Of how many blocks one is computed again backward; 0: none is, -1: the flag says something else."""
+        named = {"none": 0, "all": 1}
+        number = int(self.activation_checkpointing) if self.activation_checkpointing.isdecimal() else -1
+        return named.get(self.activation_checkpointing, number if number > 0 else -1)
 
     def checks(self) -> dict[str, bool]:  # noqa: D102
         positive = (
@@ -176,12 +309,16 @@ class TrainArgs(Args):
             "micro_batch_tokens",
             "devices",
         )
-        positive += ("micro_batch_size", "learning_rate", "max_norm", "eval_interval", "save_interval", "keep_last")
+        positive += ("micro_batch_size", "learning_rate", "max_norm", "eval_interval", "save_interval", "save_minutes")
+        positive += ("keep_last",)
         wrong = {name: value for name in positive if (value := getattr(self, name)) is not None and not value > 0}
         limits = (self.epochs, self.max_steps, self.max_iters)
         return super().checks() | {
             **{f"--{name} {value} must be above 0": True for name, value in wrong.items()},
             f"--max_seq_length {self.max_seq_length} must be at least 2": (self.max_seq_length or 2) < 2,
+            f"--activation_checkpointing {self.activation_checkpointing} must be none, all or a number above 0": (
+                self.checkpoint_every < 0
+            ),
             f"--lr_warmup_steps {self.lr_warmup_steps} must not be negative": self.lr_warmup_steps < 0,
             f"--weight_decay {self.weight_decay} must not be negative": not self.weight_decay >= 0,
             f"--min_lr {self.min_lr} must be between 0 and --learning_rate": not 0 <= self.min_lr <= self.learning_rate,
@@ -222,6 +359,9 @@ class LoRATrainArgs(LoRAArgs, TrainArgs):
     """Flags of finetune/lora.py."""
 
     out_dir: str = arg("out/lora", "folder of this run: arguments, checkpoints, metrics, adapter")
+    quantize: Literal["nf4", "nf4-dq", "fp8", "bnb.nf4", "bnb.nf4-dq"] | None = arg(
+        None, "store the frozen linear layers in 4 bits (dq: their scales in 8) or in 8; null: as they are"
+    )
 
 
 @dataclass
@@ -241,6 +381,7 @@ class GenerateArgs(Args):
     checkpoint_dir: str | None = arg(None, CHECKPOINT_DIR_HELP + " (default: the adapter's, or the only one there is)")
     adapter_dir: str | None = arg(None, "adapter of a LoRA run: its adapter/ folder or the run's folder", "lora_path")
     prompt_style: str | None = arg(None, f"{STYLES}; default: the adapter's; a base model continues the text")
+    system_prompt: str | None = arg(None, "system message (default: what the model was trained with)")
     num_samples: int = arg(1, "answers to generate")
     max_new_tokens: int = arg(256, "most tokens of an answer")
     temperature: float = arg(0.8, "0: always the likeliest token")
@@ -263,6 +404,81 @@ class GenerateArgs(Args):
         }
 
 
+EXPORT_CHECKPOINT_DIR_HELP = "base, merged or fully fine-tuned checkpoint (default: the adapter's own base)"
+EXPORT_LORA_PATH_HELP = "adapter to merge on the way: a LoRA run's folder or its adapter/"
+
+
+@dataclass
+class ExportHFArgs(Args):
+    """Flags of scripts/export_hf.py."""
+
+    checkpoint_dir: str | None = arg(None, EXPORT_CHECKPOINT_DIR_HELP)
+    lora_path: str | None = arg(None, EXPORT_LORA_PATH_HELP, "adapter_dir")
+    out_dir: str | None = arg(None, "folder to write, new or empty")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = arg(None, "precision to write (default: as stored)")
+
+    def checks(self) -> dict[str, bool]:  # noqa: D102
+        return super().checks() | {
+            "--checkpoint_dir or --lora_path is needed": self.checkpoint_dir is None and self.lora_path is None,
+            "--out_dir is missing": self.out_dir is None,
+        }
+
+
+@dataclass
+class ConvertLitArgs(Args):
+    """Flags of scripts/convert_lit_checkpoint.py."""
+
+    checkpoint_path: str | None = arg(None, "converted checkpoint: its folder, or the weights in it")
+    output_path: str | None = arg(None, "a .bin or .safetensors file to write, or a folder for transformers")
+    config_path: str | None = arg(None, "accepted as in Lit-GPT, without effect: the checkpoint says what it is")
+
+    def checks(self) -> dict[str, bool]:  # noqa: D102
+        names = ("checkpoint_path", "output_path")
+        return super().checks() | {f"--{n} is missing": getattr(self, n) is None for n in names}
+
+
+@dataclass
+class ExportPeftArgs(Args):
+    """Flags of scripts/export_peft.py."""
+
+    lora_path: str | None = arg(None, "adapter of a LoRA run: its adapter/ folder or the run's folder", "adapter_dir")
+    checkpoint_dir: str | None = arg(None, CHECKPOINT_DIR_HELP + " (default: the adapter's own base)")
+    out_dir: str | None = arg(None, "folder to write, new or empty")
+
+    def checks(self) -> dict[str, bool]:  # noqa: D102
+        return super().checks() | {f"--{n} is missing": getattr(self, n) is None for n in ("lora_path", "out_dir")}
+
+
+@dataclass
+class ImportPeftArgs(Args):
+    """Flags of scripts/import_peft.py."""
+
+    peft_dir: str | None = arg(None, "folder of a PEFT adapter: adapter_config.json and adapter_model.safetensors")
+    checkpoint_dir: str | None = arg(None, CHECKPOINT_DIR_HELP + ": the adapter's base")
+    out_dir: str | None = arg(None, "folder to write, new or empty")
+    prompt_style: str | None = arg(None, f"{STYLES}; default: as exported, else as preparing would choose")
+
+    def checks(self) -> dict[str, bool]:  # noqa: D102
+        names = ("peft_dir", "checkpoint_dir", "out_dir")
+        return super().checks() | {f"--{n} is missing": getattr(self, n) is None for n in names}
+
+
+@dataclass
+class ExportGGUFArgs(Args):
+    """Flags of scripts/export_gguf.py."""
+
+    checkpoint_dir: str | None = arg(None, EXPORT_CHECKPOINT_DIR_HELP)
+    lora_path: str | None = arg(None, EXPORT_LORA_PATH_HELP, "adapter_dir")
+    out_file: str | None = arg(None, "file to write, new")
+    quantize: Literal["f32", "f16", "bf16", "q8_0"] = arg("f16", "type of the matrices; vectors stay f32")
+
+    def checks(self) -> dict[str, bool]:  # noqa: D102
+        return super().checks() | {
+            "--checkpoint_dir or --lora_path is needed": self.checkpoint_dir is None and self.lora_path is None,
+            "--out_file is missing": self.out_file is None,
+        }
+
+
 @dataclass
 class MergeArgs(Args):
     """Flags of scripts/merge_lora.py."""
@@ -273,3 +489,13 @@ class MergeArgs(Args):
 
     def checks(self) -> dict[str, bool]:  # noqa: D102
         return super().checks() | {f"--{n} is missing": getattr(self, n) is None for n in ("lora_path", "out_dir")}
+
+
+@dataclass
+class VerifyArgs(Args):
+    """Flags of scripts/verify.py."""
+
+    path: str | None = arg(None, "directory to check; may be given without the flag's name")
+
+    def checks(self) -> dict[str, bool]:  # noqa: D102
+        return super().checks() | {"--path is missing": not self.path}

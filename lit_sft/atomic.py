@@ -1,6 +1,8 @@
 """Files and directories that are complete or absent: write aside, fsync, rename, manifest last."""
 
+import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -13,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lit_sft import __version__
-from lit_sft.errors import InputError
+from lit_sft.errors import InputError, NewerFormat
 from lit_sft.layout import MANIFEST
 
 FORMAT_VERSION = 1
@@ -42,12 +44,17 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
+        for leftover in _left_by_the_dead(path, ".tmp"):
+            leftover.unlink()
         yield temporary
         fsync(temporary)
         temporary.rename(path)
         fsync(path.parent)
     except OSError as error:  # a write that fails does not know its file's name
-        raise InputError(f"{path} cannot be written: {error.strerror}; make room, or name another folder") from error
+        what = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room").get(error.errno, "mend that")
+        raise InputError(
+            f"{path} cannot be written: {error.strerror or error}; {what}, or name another folder"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -66,6 +73,8 @@ def replaceable(directory: Path, kind: str) -> bool:
         return True
     try:
         return Manifest.read(directory).kind == kind
+    except NewerFormat:
+        raise
     except InputError:
         return False
 
@@ -74,11 +83,17 @@ def _alive(pid: int) -> bool:
     """Whether another process has this number: ours is not writing yet."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
     return pid != os.getpid()
+
+
+def _left_by_the_dead(path: Path, prefix: str) -> list[Path]:
+    """What writers of ``path`` that were killed left beside it, under its name between ``prefix`` and their number."""
+    found = path.parent.glob(f"{prefix}-{glob.escape(path.name)}-*")
+    return [f for f in found if (pid := f.name.rpartition("-")[2]).isdigit() and not _alive(int(pid))]
 
 
 @contextmanager
@@ -91,32 +106,67 @@ def publish_directory(final: Path, kind: str) -> Iterator[Path]:
     if not replaceable(final, kind):
         raise InputError(f"{final} exists and is not a {kind} directory of lit_sft; remove it or name another")
     temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}")
-    for leftover in final.parent.glob(f".dead-{final.name}-*"):
+    for leftover in _left_by_the_dead(final, ".dead"):
         recover(leftover)
-    for leftover in final.parent.glob(f".tmp-{final.name}-*"):
-        pid = leftover.name.rpartition("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(leftover)  # of a killed process
+    for leftover in _left_by_the_dead(final, ".tmp"):
+        shutil.rmtree(leftover)
+    old = final.with_name(f".dead-{final.name}-{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
         yield temporary
         for path in (*sorted(temporary.rglob("*")), temporary):
             fsync(path)
-        old = final.with_name(f".dead-{final.name}-{os.getpid()}")
         if final.exists():
             final.rename(old)
         temporary.rename(final)
         fsync(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not final.exists():  # stopped between the two renames
+            old.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def renewing(directory: Path, pattern: str) -> Iterator[Path]:
+    """Yield an empty folder; its files join ``directory`` when the block ends well, in place of those like ``pattern``.
+
+    For a directory that holds more than the result, whose lock is held. The manifest goes first and comes last: killed
+    between, it counts as unwritten.
+    """
+    for leftover in directory.glob(".tmp-renewing-*"):
+        shutil.rmtree(leftover)
+    folder = directory / f".tmp-renewing-{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield folder
+        names = sorted((path.name for path in folder.iterdir()), key=lambda name: (name == MANIFEST, name))
+        (directory / MANIFEST).unlink(missing_ok=True)
+        fsync(directory)
+        for leftover in {path.name for path in directory.glob(pattern)} - set(names):
+            (directory / leftover).unlink()
+        for name in names:
+            if name == MANIFEST:
+                fsync(directory)
+            (folder / name).rename(directory / name)
+        fsync(directory)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def recover(dead: Path) -> None:
     """Give what was moved out of the way by a writer that died its name back, if nothing took its place since."""
     name, _, pid = dead.name.removeprefix(".dead-").rpartition("-")
-    if pid.isdigit() and not _alive(int(pid)):
-        shutil.rmtree(dead) if dead.with_name(name).exists() else dead.rename(dead.with_name(name))
+    if not name or not pid.isdigit() or _alive(int(pid)):
+        return
+    shutil.rmtree(dead) if dead.with_name(name).exists() else dead.rename(dead.with_name(name))
+
+
+def discard(directory: Path) -> None:
+    """Delete a directory; its name is given up first, so that what a kill leaves of it is swept, never read."""
+    dead = directory.with_name(f".tmp-{directory.name}-{os.getpid()}")
+    directory.rename(dead)
+    shutil.rmtree(dead)
 
 
 def sweep(parent: Path) -> None:
@@ -176,33 +226,50 @@ class Manifest:
         """The manifest of ``directory``; InputError when absent, unreadable, of a newer format or another kind."""
         path = directory / MANIFEST
         try:
-            manifest = cls(**json.loads(path.read_text()))
-            if not isinstance(manifest.facts, dict) or not isinstance(manifest.files, dict):
-                raise TypeError("its facts or files are not an object")
+            content = json.loads(path.read_text())
+            newer = isinstance(content, dict) and content.get("format_version", 0) > FORMAT_VERSION
+            manifest = None if newer else cls(**content)
+            if not newer and (why := manifest._problem()):
+                raise TypeError(why)
         except FileNotFoundError:
             raise InputError(f"{path} is missing: the directory is incomplete; write it again") from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{path} is not a manifest of this lit_sft ({error}); write the directory again") from None
-        if manifest.format_version > FORMAT_VERSION:
-            raise InputError(
-                f"{path} has format {manifest.format_version}, newer than {FORMAT_VERSION}; update lit_sft"
-            )
+        if newer:
+            format_version = content["format_version"]
+            raise NewerFormat(f"{path} has format {format_version}, newer than {FORMAT_VERSION}; update lit_sft")
         if kind is not None and manifest.kind != kind:
             raise InputError(f"{directory} is a {manifest.kind} directory, not a {kind} directory")
         return manifest
+
+    def _problem(self) -> str | None:
+        """What in its fields cannot be: the file may come from anywhere."""
+        types = {"kind": str, "facts": dict, "files": dict, "format_version": int}
+        if wrong := [name for name, kind in types.items() if not isinstance(getattr(self, name), kind)]:
+            return f"its {wrong[0]} is {getattr(self, wrong[0])!r}"
+        for name, fact in self.files.items():
+            inside = name and not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
+            if not inside:
+                return f"it names {name!r}, which is no file of its directory"
+            known = isinstance(fact, dict) and type(fact.get("bytes")) is int and isinstance(fact.get("sha256"), str)
+            if not known:
+                return f"it has no bytes and sha256 of {name}"
+        return None
 
     def check_files(self, directory: Path, unhashed: str = "/") -> None:
         """Require every recorded file, its size and its sha256; InputError names the first that differs.
 
         Of files whose names end on ``unhashed`` the size is enough: a model's weights take long to read.
         """
-        for name, fact in self.files.items():
-            path = directory / name
-            if not path.is_file():
-                raise InputError(f"{path} is missing; write {directory} again")
-            if path.stat().st_size != fact["bytes"]:
-                raise InputError(
-                    f"{path} has {path.stat().st_size} bytes, not {fact['bytes']}: damaged; write it again"
-                )
-            if not name.endswith(unhashed) and sha256_of(path) != fact["sha256"]:
-                raise InputError(f"{path} differs from its recorded sha256: damaged; write {directory} again")
+        for name in self.files:
+            self.check_file(directory, name, hashed=not name.endswith(unhashed))
+
+    def check_file(self, directory: Path, name: str, hashed: bool = True) -> None:
+        """Require the recorded file ``name``, its size and, if ``hashed``, its sha256; InputError says what differs."""
+        path, fact = directory / name, self.files[name]
+        if not path.is_file():
+            raise InputError(f"{path} is missing; write {directory} again")
+        if path.stat().st_size != fact["bytes"]:
+            raise InputError(f"{path} has {path.stat().st_size} bytes, not {fact['bytes']}: damaged; write it again")
+        if hashed and sha256_of(path) != fact["sha256"]:
+            raise InputError(f"{path} differs from its recorded sha256: damaged; write {directory} again")

@@ -5,16 +5,19 @@ how the same sum is computed.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from math import ceil
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_sft.args import TrainArgs
+from lit_sft.attention import Layout
 from lit_sft.errors import InputError
-from lit_sft.loss import IGNORE_INDEX
 from lit_sft.packing import pack
+from lit_sft.prefixes import cut_rows, make_segments, sort_by_tokens
 from lit_sft.shards import Shards
 
 DEFAULT_BATCH_SIZE = 64
@@ -23,18 +26,29 @@ DEFAULT_ROW_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Row:
-    """Whole examples one behind the other, with what each position must predict."""
+    """Examples in one sequence, and what is to be predicted where."""
 
     input_ids: Tensor
     """(T,) int64."""
+    layout: Layout
+    """Which tokens are whose: one segment for each example, unless some share their beginnings."""
+    positions: Tensor
+    """(N,) int64: the positions that predict a label; one may do so more than once, for examples that part there."""
     labels: Tensor
-    """(T,) int64: the next token where it is to be learned, IGNORE_INDEX elsewhere and at each example's end."""
-    lengths: list[int]
+    """(N,) int64: the token that follows."""
+    counts: Tensor | None
+    """(N,) int64: for how many examples it does; None: for one each."""
     examples: list[int]
+
+    @property
+    def n_labels(self) -> int:
+        """Labelled tokens of all its examples."""
+        return len(self.labels) if self.counts is None else int(self.counts.sum())
 
     def to(self, device: torch.device) -> "Row":
         """The same row with its tensors on ``device``."""
-        return Row(self.input_ids.to(device), self.labels.to(device), self.lengths, self.examples)
+        moved = {f.name: x.to(device) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -51,17 +65,23 @@ class Step:
     n_labels: int
     """Labelled tokens of the whole step, over all processes: what the summed loss is divided by."""
     n_tokens: int
-    """Useful tokens of the whole step."""
+    """Useful tokens of the whole step: those of its examples, shared ones counted for each."""
 
 
 class TrainSteps:
     """The run's optimizer steps; ``steps[k]`` is step k, from 1 to ``max_steps``, in any order and at no cost."""
 
-    def __init__(self, shards: Shards, args: TrainArgs, world_size: int = 1, rank: int = 0) -> None:
-        """Raises InputError when there is nothing to train on or a row cannot hold the longest example."""
+    def __init__(
+        self, shards: Shards, args: TrainArgs, world_size: int = 1, rank: int = 0, share_prefix: bool = False
+    ) -> None:
+        """``share_prefix``: compute what examples of a row begin with alike once.
+
+        Raises InputError when there is nothing to train on or a row cannot hold the longest example.
+        """
         if not len(shards):
             raise InputError(f"{args.data_dir} holds no training examples")
         self.shards, self.seed, self.world_size, self.rank = shards, args.seed, world_size, rank
+        self.share_prefix = share_prefix
         longest = int(shards.lengths.max())
         self.row_tokens = args.micro_batch_tokens or max(DEFAULT_ROW_TOKENS, longest)
         self.row_examples = args.micro_batch_size if args.micro_batch_size > 1 else None
@@ -70,6 +90,7 @@ class TrainSteps:
                 f"--micro_batch_tokens {self.row_tokens} is below the longest example of {longest} tokens; "
                 "raise it or lower --max_seq_length"
             )
+        self.shuffled = shards.manifest.facts.get("order", "shuffle") == "shuffle"
         self.order: tuple[int, Tensor] | None = None  # the epoch last asked for and its permutation
         n = len(shards)
         self.batch_size = args.global_batch_size or min(DEFAULT_BATCH_SIZE, max(1, n // 4))
@@ -81,52 +102,91 @@ class TrainSteps:
         self.max_steps = min(limit for limit in limits if limit is not None)
 
     def examples(self, number: int) -> list[int]:
-        """The examples of step ``number``: a slice of the epoch's permutation; an epoch's last step may be smaller."""
+        """The examples of step ``number``: a slice of the epoch's permutation, or of the order the data prescribe.
+
+        An epoch is spread evenly: its steps differ by one example at most, and none exceeds the batch size.
+        """
         epoch, within = divmod(number - 1, self.per_epoch)
+        n = len(self.shards)
+        start, end = within * n // self.per_epoch, (within + 1) * n // self.per_epoch
+        if not self.shuffled:
+            return list(range(start, end))
         if self.order is None or self.order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self.order = (epoch, torch.randperm(len(self.shards), generator=generator))
-        return self.order[1][within * self.batch_size : (within + 1) * self.batch_size].tolist()
+            self.order = (epoch, torch.randperm(n, generator=generator, dtype=torch.int32))
+        return self.order[1][start:end].tolist()
+
+    def alone(self, example: int) -> Row:
+        """A row of one example."""
+        return make_row(self.shards, RowPlan([example], None))
 
     def __getitem__(self, number: int) -> Step:
         examples = self.examples(number)
-        rows = pack_rows(self.shards, examples, self.row_tokens, self.row_examples)
+        rows = plan_rows(self.shards, examples, self.row_tokens, self.row_examples, self.share_prefix)
         return Step(
             number=number,
             epoch=(number - 1) // self.per_epoch + 1,
             examples=examples,
             rows=[make_row(self.shards, row) for row in rows[self.rank :: self.world_size]],
-            n_labels=int(self.shards.n_labels[examples].sum()),
+            n_labels=sum(map(self.shards.n_labels, examples)),
             n_tokens=int(self.shards.lengths[examples].sum()),
         )
 
 
-def pack_rows(shards: Shards, examples: list[int], max_tokens: int, max_examples: int | None = None) -> list[list[int]]:
-    """Distribute ``examples`` over rows; every row is a list of examples."""
-    rows = pack(shards.lengths[examples].tolist(), max_tokens, max_examples)
-    return [[examples[i] for i in row] for row in rows]
+class RowPlan(NamedTuple):
+    """Which examples make a row, before they are read."""
+
+    examples: list[int]
+    shared: list[int] | None
+    """How many tokens each shares with the one before it; None: nothing is shared."""
 
 
-def make_row(shards: Shards, examples: list[int]) -> Row:
-    """Read the examples and lay them one behind the other."""
-    parts = [shards[i] for i in examples]
-    labels = []
-    for ids, mask in parts:
-        following = torch.full_like(ids, IGNORE_INDEX)
-        following[:-1] = torch.where(mask[1:], ids[1:], IGNORE_INDEX)
-        labels.append(following)
-    return Row(torch.cat([ids for ids, _ in parts]), torch.cat(labels), [len(ids) for ids, _ in parts], examples)
+def plan_rows(
+    shards: Shards, examples: list[int], max_tokens: int, max_examples: int | None, share_prefix: bool
+) -> list[RowPlan]:
+    """Distribute ``examples`` over rows."""
+    lengths = shards.lengths[examples].tolist()
+    if not share_prefix:
+        return [RowPlan([examples[i] for i in row], None) for row in pack(lengths, max_tokens, max_examples)]
+    order, shared = sort_by_tokens([shards[i][0] for i in examples])
+    rows = cut_rows([lengths[i] for i in order], shared, max_tokens, max_examples)
+    return [RowPlan([examples[order[i]] for i in row], [shared[i] for i in row]) for row in rows]
+
+
+def make_row(shards: Shards, plan: RowPlan) -> Row:
+    """Read the examples of a row; those that begin alike have their common tokens once."""
+    parts = [shards[i] for i in plan.examples]
+    lengths = [len(ids) for ids, _ in parts]
+    segments, last = make_segments(lengths, plan.shared or [0] * len(lengths))
+    parents = [segment.parent for segment in segments]
+    layout = Layout([s.end - s.start for s in segments], parents if any(p is not None for p in parents) else None)
+    starts = [0, *accumulate(layout.lengths)]
+    positions, labels = [], []
+    for (ids, mask), end in zip(parts, last, strict=True):
+        where = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in layout.chains[end]])
+        labelled = mask[1:].nonzero().flatten()
+        positions.append(where[labelled])
+        labels.append(ids[labelled + 1])
+    pairs, counts = torch.stack([torch.cat(positions), torch.cat(labels)]), None
+    if layout.parents:  # a shared label is computed once, and counts as often as there are examples that have it
+        pairs, counts = pairs.unique(dim=1, return_counts=True)
+    input_ids = torch.cat([parts[s.example][0][s.start : s.end] for s in segments])
+    return Row(input_ids, layout, *pairs, counts, plan.examples)
 
 
 class ValRows:
     """The whole val split as packed rows, this process's share, read anew each time it is iterated."""
 
-    def __init__(self, shards: Shards, row_tokens: int, world_size: int = 1, rank: int = 0) -> None:
+    def __init__(
+        self, shards: Shards, row_tokens: int, world_size: int = 1, rank: int = 0, share_prefix: bool = False
+    ) -> None:
         self.shards = shards
-        row_tokens = max([row_tokens, *shards.lengths.tolist()])  # training's longest may be shorter
-        rows: list[list[int]] = []
+        longest = int(shards.lengths.max()) if len(shards) else 0  # training's may be shorter
+        row_tokens = max(row_tokens, longest)
+        rows: list[RowPlan] = []
         for start in range(0, len(shards), DEFAULT_BATCH_SIZE):  # in stretches: packing's cost grows with their square
-            rows += pack_rows(shards, list(range(start, min(start + DEFAULT_BATCH_SIZE, len(shards)))), row_tokens)
+            stretch = list(range(start, min(start + DEFAULT_BATCH_SIZE, len(shards))))
+            rows += plan_rows(shards, stretch, row_tokens, None, share_prefix)
         self.rows = rows[rank::world_size]
 
     def __iter__(self) -> Iterator[Row]:

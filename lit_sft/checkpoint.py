@@ -2,19 +2,21 @@
 
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_sft.args import LoRAArgs
-from lit_sft.atomic import Manifest, publish_directory, write_atomically
+from lit_sft.atomic import Manifest, discard, publish_directory, write_atomically
 from lit_sft.config import ModelConfig
-from lit_sft.errors import InputError
+from lit_sft.errors import InputError, NewerFormat
 from lit_sft.layout import (
     ADAPTER_CONFIG,
     ADAPTER_DIR,
@@ -30,6 +32,8 @@ from lit_sft.layout import (
 )
 from lit_sft.lora import apply_lora, lora_state_dict
 from lit_sft.model import GPT
+from lit_sft.prompts import PROMPT_FACTS
+from lit_sft.quantize import is_quantized, place_quantized, quantized
 from lit_sft.weights import CHECKPOINT, Weight, write_checkpoint, write_safetensors
 
 ADAPTER = "adapter"
@@ -43,6 +47,7 @@ def load_model(
     adapter_dir: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    quantize: str | None = None,
 ) -> GPT:
     """A converted model in eval mode, with an adapter beside its weights when ``adapter_dir`` is given.
 
@@ -51,33 +56,54 @@ def load_model(
         adapter_dir: an ``adapter/`` folder, the folder of a LoRA run, or one of its saved states.
         dtype: of the base weights; None: as stored.
         device: where the weights go, tensor by tensor.
+        quantize: how the blocks' linear layers are stored, nf4, nf4-dq or fp8, each as soon as it is read.
 
     Raises InputError when the directories do not hold exactly this model and an adapter made for it.
     """
     directory = check_checkpoint_dir(checkpoint_dir)
     manifest = Manifest.read(directory, CHECKPOINT)
     manifest.check_files(directory, unhashed=".safetensors")
+    config = ModelConfig.from_dir(directory)
+    if config.n_layer > (n := _count_weights(directory, manifest)):  # before modules are made by the million
+        raise InputError(f"{directory}: {config.n_layer} layers are asked for, but there are {n} weights in all")
     with torch.device("meta"):
-        model = GPT(ModelConfig.from_dir(directory))
-    weights = {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in _stored_weights(directory, manifest)}
+        model = GPT(config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    weights, narrow = {}, {}
+    for name, tensor in _stored_weights(directory, manifest):
+        if tensor.shape != shapes.get(name, tensor.shape):
+            found = f"{name} has shape {tuple(tensor.shape)}, not {tuple(shapes[name])}"
+            raise InputError(f"{directory} does not hold its own model: {found}; convert it again")
+        here = tensor.to(device, dtype or tensor.dtype)
+        if quantize and is_quantized(model, name):
+            narrow[name] = quantized(here, quantize)
+            here = here.to("meta")
+        weights[name] = here
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     expected_missing = ["lm_head.weight"] if model.config.tie_embeddings else []
     if missing != expected_missing or unexpected:
         raise InputError(f"{directory} does not hold its own model: {(missing or unexpected)[0]}; convert it again")
+    for name, layer in narrow.items():
+        place_quantized(model, name, layer)
     model.tie_weights()
     if adapter_dir is not None:
         load_adapter(model, adapter_dir, directory)
     return model.eval()
 
 
+def _count_weights(directory: Path, manifest: Manifest) -> int:
+    total = 0
+    for name in (name for name in manifest.files if name.endswith(".safetensors")):
+        with _opened(directory / name) as file:
+            total += len(file.keys())
+    return total
+
+
 def _stored_weights(directory: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
     for name in sorted(name for name in manifest.files if name.endswith(".safetensors")):
-        try:
-            with safe_open(directory / name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    yield key, file.get_tensor(key)
-        except SafetensorError as error:
-            raise InputError(f"{directory / name} is damaged ({error}); convert the checkpoint again") from None
+        with _opened(directory / name) as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                yield key, file.get_tensor(key)
 
 
 def base_fingerprint(checkpoint_dir: Path) -> str:
@@ -97,13 +123,12 @@ def save_adapter(directory: Path, model: GPT, lora: LoRAArgs, facts: dict) -> No
         Manifest(ADAPTER, {}).write(folder, [ADAPTER_WEIGHTS, ADAPTER_CONFIG])
 
 
-def adapter_facts(checkpoint_dir: Path, prompt_style: str, stop_ids: Iterable[int]) -> dict:
-    """What generating and merging read beside LoRA's own arguments."""
+def adapter_facts(checkpoint_dir: Path, data_facts: dict) -> dict:
+    """What generating and merging read beside LoRA's own arguments; ``data_facts``: of the shards' manifest."""
     return {
         "checkpoint_dir": str(checkpoint_dir),
         "base_fingerprint": base_fingerprint(checkpoint_dir),
-        "prompt_style": prompt_style,
-        "stop_ids": sorted(stop_ids),
+        **{name: data_facts.get(name) for name in PROMPT_FACTS},
     }
 
 
@@ -143,6 +168,26 @@ def read_adapter_config(path: str | Path) -> dict:
 
 def load_adapter(model: GPT, adapter_dir: str | Path, checkpoint_dir: Path) -> None:
     """Put a saved adapter on ``model``, in place; InputError when it was trained on another base or does not fit."""
+    lora, path = _open_adapter(adapter_dir, checkpoint_dir)
+    apply_lora(model, lora, seed=0)
+    copy_tensors(lora_state_dict(model), path)
+
+
+def read_adapter(adapter_dir: str | Path, checkpoint_dir: Path) -> tuple[LoRAArgs, dict[str, Tensor]]:
+    """What ``load_adapter`` puts on a model, without the model: LoRA's arguments, and the tensors as stored, by name.
+
+    InputError when the adapter was trained on another base or does not fit.
+    """
+    lora, path = _open_adapter(adapter_dir, checkpoint_dir)
+    with torch.device("meta"):
+        model = GPT(ModelConfig.from_dir(checkpoint_dir))
+    apply_lora(model, lora, seed=0)
+    copy_tensors(lora_state_dict(model), path)  # into nothing: names and shapes are compared
+    return lora, load_file(path)
+
+
+def _open_adapter(adapter_dir: str | Path, checkpoint_dir: Path) -> tuple[LoRAArgs, Path]:
+    """LoRA's arguments and the file of tensors of an intact adapter that was trained on this base."""
     folder = resolve_adapter_dir(adapter_dir)
     Manifest.read(folder).check_files(folder)
     config = read_adapter_config(folder)
@@ -150,13 +195,21 @@ def load_adapter(model: GPT, adapter_dir: str | Path, checkpoint_dir: Path) -> N
         raise InputError(
             f"{folder} was trained on {config['checkpoint_dir']}, whose weights differ from those of {checkpoint_dir}"
         )
-    apply_lora(model, LoRAArgs(**{k: v for k, v in config.items() if k.startswith("lora_")}), seed=0)
-    copy_tensors(lora_state_dict(model), folder / ADAPTER_WEIGHTS)
+    return LoRAArgs(**{k: v for k, v in config.items() if k.startswith("lora_")}), folder / ADAPTER_WEIGHTS
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged ({error}); write it again") from None
 
 
 def copy_tensors(targets: dict[str, Tensor], path: Path) -> None:
     """Fill ``targets`` in place from a safetensors file that must hold exactly them; InputError names what differs."""
-    with safe_open(path, framework="pt") as file, torch.no_grad():
+    with _opened(path) as file, torch.no_grad():
         if different := sorted(set(file.keys()) ^ set(targets)):
             raise InputError(f"{path} does not fit the model: {different[0]} is in one only ({len(different)} in all)")
         for name, target in targets.items():
@@ -192,6 +245,7 @@ def save_state(
     weights_name: str,
     trained: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    facts: dict,
     extra: dict[str, str],
 ) -> Path:
     """Write all that a run needs to go on after ``step``: what is trained, the optimizer's slots, the position.
@@ -203,6 +257,7 @@ def save_state(
         weights_name: the file of what is trained, ``adapter.safetensors`` or ``model.safetensors``.
         trained: name → parameter the optimizer updates (fp32).
         optimizer: its state is stored per parameter and slot.
+        facts: what else a run goes on from, beside the step, in state.json.
         extra: further files, name → text.
     """
     directory = out_dir / STATES_DIR / state_name(step)
@@ -214,7 +269,7 @@ def save_state(
     with publish_directory(directory, STATE) as folder:
         _write_tensors(folder / weights_name, trained)
         _write_tensors(folder / OPTIMIZER_WEIGHTS, slots)
-        extra = extra | {STATE_FACTS: json.dumps({"step": step}) + "\n"}
+        extra = extra | {STATE_FACTS: json.dumps({"step": step} | facts) + "\n"}
         for name, text in extra.items():
             write_atomically(folder / name, text)
         Manifest(STATE, {}).write(folder, [weights_name, OPTIMIZER_WEIGHTS, *extra])
@@ -224,13 +279,15 @@ def save_state(
 def newest_state(out_dir: Path) -> Path | None:
     """The latest intact state of a run. A damaged one is set aside as ``.bad-…``, so that it can be written again.
 
-    None when nothing was saved yet; InputError when every state is damaged.
+    None when nothing was saved yet; InputError when every state is damaged, NewerFormat when a later lit_sft wrote it.
     """
     directories = sorted((out_dir / STATES_DIR).glob("step-*"), reverse=True)
     for directory in directories:
         try:
             Manifest.read(directory, STATE).check_files(directory)
             return directory
+        except NewerFormat:
+            raise
         except InputError as error:
             _set_aside(directory, str(error))
     if directories:
@@ -254,22 +311,23 @@ def _set_aside(directory: Path, why: str) -> None:
 
 def load_state(
     directory: Path, weights_name: str, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> int:
-    """Restore what ``save_state`` wrote, in place; gives the optimizer steps done."""
+) -> dict:
+    """Restore what ``save_state`` wrote, in place; gives its facts, ``step`` among them."""
     copy_tensors(trained, directory / weights_name)
+    numbers = {name: number for number, name in enumerate(trained)}
     state = optimizer.state_dict()
-    with safe_open(directory / OPTIMIZER_WEIGHTS, framework="pt") as file:
-        stored = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
-    for number, name in enumerate(trained):
-        own = {key: tensor for key, tensor in stored.items() if key.rpartition(".")[0] == name}
-        state["state"][number] = {key.rpartition(".")[2]: tensor for key, tensor in own.items()}
+    with _opened(directory / OPTIMIZER_WEIGHTS) as file:
+        for key in file.keys():  # noqa: SIM118 (not a dict)
+            name, _, slot = key.rpartition(".")
+            if name not in numbers:
+                raise InputError(f"{directory / OPTIMIZER_WEIGHTS} holds {key}, of which the run trains nothing")
+            state["state"].setdefault(numbers[name], {})[slot] = file.get_tensor(key).clone()
     optimizer.load_state_dict(state)
-    return read_json(directory / STATE_FACTS)["step"]
+    return read_json(directory / STATE_FACTS)
 
 
-def prune_states(out_dir: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest states; a name is given up before its files, so none is ever half there."""
+def prune_states(out_dir: Path, keep: int, best_step: int | None) -> None:
+    """Delete all states but the ``keep`` newest and that of ``best_step``."""
     for directory in sorted((out_dir / STATES_DIR).glob("step-*"))[:-keep]:
-        dead = directory.with_name(f".dead-{directory.name}-{os.getpid()}")
-        directory.rename(dead)
-        shutil.rmtree(dead)
+        if best_step is None or directory.name != state_name(best_step):
+            discard(directory)

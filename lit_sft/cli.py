@@ -16,7 +16,7 @@ import jsonargparse
 
 import lit_sft
 from lit_sft.atomic import without_secrets
-from lit_sft.errors import InputError, Interrupted, RunFailed, stops
+from lit_sft.errors import InputError, Interrupted, RunFailed, stops, words
 
 UNFINISHED = "nothing is left half written"
 
@@ -39,9 +39,13 @@ class Parser(jsonargparse.ArgumentParser):
         return re.sub(r"(?m)^(access_token:).*(\n .*)*", r"\1 null", super().dump(*args, **kwargs))
 
 
+def _arguments(main: Callable) -> Any:
+    return next(iter(get_type_hints(main).values()))
+
+
 def make_parser(main: Callable, prog: str) -> Parser:
     """The parser of the dataclass that ``main`` takes: a flat flag per field, its metadata as help and aliases."""
-    arguments = next(iter(get_type_hints(main).values()))
+    arguments = _arguments(main)
     description = cleandoc(sys.modules[main.__module__].__doc__ or "")
     parser = Parser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of any of these flags; flags given beside it win")
@@ -64,10 +68,12 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
         signal.signal(signal.SIGUSR1, _stop)
         if sys.stdout and hasattr(sys.stdout, "reconfigure"):  # a text in any script prints in any locale
             sys.stdout.reconfigure(errors="replace")
+        if argv and argv[0][:1] not in ("-", "") and "path" in get_type_hints(_arguments(main)):
+            argv = ["--path", *argv]  # the one thing that a command looks at needs no name
         parser = make_parser(main, prog or Path(sys.argv[0]).name)
-        namespace = parser.parse_args(argv)
+        namespace = parser.parse_args(_named(main, argv))
         namespace.pop("config")
-        code = main(next(iter(get_type_hints(main).values()))(**namespace.as_dict())) or 0
+        code = main(_arguments(main)(**namespace.as_dict())) or 0
         sys.stdout.flush()
     except (InputError, OSError, jsonargparse.ArgumentError) as error:
         code = 141 if isinstance(error, BrokenPipeError) else _complain(error, argv, 2)
@@ -83,22 +89,24 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
     sys.exit(code)
 
 
+def _named(main: Callable, argv: list[str]) -> list[str]:
+    """The arguments with the name of the flag that may lack it: ``doctor DIR`` is ``doctor --checkpoint_dir=DIR``."""
+    bare = [f.name for f in fields(next(iter(get_type_hints(main).values()))) if f.metadata.get("bare")]
+    return [f"--{bare[0]}={argv[0]}", *argv[1:]] if bare and argv and not argv[0].startswith("-") else argv
+
+
 def _stop(number: int, _: object) -> None:
     stops.append({signal.SIGTERM: 143, signal.SIGUSR1: 75}[number])
     raise Interrupted(f"error: stopped by {signal.Signals(number).name}; {UNFINISHED}", stops[-1])
-
-
-def _words(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename or 'while reading or writing'}; mend that and run the command again"
-    return str(error)
 
 
 def _complain(error: BaseException, argv: list[str], code: int, message: str | None = None) -> int:
     if re.search(r"--debug[= ](true|yes)\b", " ".join(argv), re.IGNORECASE):
         print(without_secrets("".join(traceback.format_exception(error))), file=sys.stderr, end="")
     if code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes that see the same, one says it
-        print("error: " + " ".join((message or _words(error)).split()), file=sys.stderr)
+        for line in getattr(error, "details", ()):
+            print(" ".join(line.split()), file=sys.stderr)
+        print("error: " + " ".join((message or words(error)).split()), file=sys.stderr)
     return code
 
 

@@ -4,12 +4,13 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 from lit_sft.errors import InputError
 from lit_sft.layout import MODEL_CONFIG
 
 LARGEST = {"n_layer": 10_000}  # a file that asks for more would build modules until memory ends
+MAY_BE_ZERO = ("rotary_size", "n_expert", "n_expert_per_token")
 
 
 @dataclass(frozen=True)
@@ -27,35 +28,132 @@ class ModelConfig:
     """Key/value heads: ``n_head`` is multi-head, 1 multi-query, anything between grouped-query attention."""
     head_size: int
     intermediate_size: int
+    """Width of the MLP, or of each expert."""
+    norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
+    norm_bias: bool = False
+    norm_unit_offset: bool = False
+    """The norm's weight is stored as its difference from 1."""
+    round_late: bool = False
+    """16-bit weights of norms multiply, and 16-bit queries and keys are turned, in fp32; the products are rounded."""
+    pre_norm: bool = True
+    """Norms before attention and MLP, on the residual stream."""
+    post_norm: bool = False
+    """Norms after attention and MLP, before their results are added to the residual stream."""
+    parallel_residual: bool = False
+    """The MLP sees the block's input, not what attention has made of it."""
+    shared_norm: bool = False
+    """parallel_residual: one norm feeds both attention and MLP."""
+    qk_norm: Literal["none", "head", "each_head", "full"] = "none"
+    """Queries and keys are normed: per head with one weight for all or each its own, or over all heads at once."""
     qkv_bias: bool = False
     projection_bias: bool = False
     mlp_bias: bool = False
+    gated_mlp: bool = True
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    n_expert: int = 0
+    """Experts of a mixture; 0: one MLP."""
+    n_expert_per_token: int = 0
+    normalize_experts: bool = True
+    """The chosen experts' shares add up to 1."""
     tie_embeddings: bool = False
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    """What query · key is multiplied by; None: 1 / √head_size."""
+    attention_softcap: float | None = None
+    """c: scores s become c · tanh(s / c)."""
+    logits_softcap: float | None = None
+    sliding_window: int | None = None
+    """Tokens that a position attends to in the sliding layers, itself included."""
+    sliding_layers: tuple[bool, ...] = ()
+    """Which layers have the window; empty: none."""
+    alibi: bool = False
+    """Scores are lowered in proportion to distance."""
+    rotary_size: int | None = None
+    """Dimensions of a head, the first ones, that are turned; None: all, 0: none."""
+    rope_layers: tuple[bool, ...] = ()
+    """Which layers turn queries and keys; empty: all."""
     rope_theta: float = 10000.0
-    rope_type: Literal["default", "linear", "llama3"] = "default"
+    rope_local_theta: float | None = None
+    """Theta of the sliding layers, which are then not scaled; None: as the others."""
+    rope_type: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     rope_factor: float = 1.0
-    """linear, llama3: how many times longer the context becomes."""
+    """linear, llama3, yarn: how many times longer the context becomes."""
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
+    rope_beta_fast: float = 32.0
+    """yarn: pairs that turn more often than this within the original context keep their frequency."""
+    rope_beta_slow: float = 1.0
+    """yarn: pairs that turn less often are stretched by the whole factor."""
     rope_original_block_size: int = 8192
-    """llama3: the context before scaling."""
+    """llama3, yarn, longrope: the context before scaling."""
+    rope_short_factors: tuple[float, ...] = ()
+    """longrope: what each pair's wavelength is multiplied by in examples up to the original context."""
+    rope_long_factors: tuple[float, ...] = ()
+    """longrope: the same in longer examples."""
+    rope_attention_factor: float = 1.0
+    """yarn, longrope: what cosines and sines are multiplied by."""
 
     def __post_init__(self) -> None:
-        for name, kind, value in [(f.name, f.type, getattr(self, f.name)) for f in fields(self)]:
-            if kind is int and (type(value) is not int or not 1 <= value <= LARGEST.get(name, 2**31)):
-                raise InputError(
-                    f"model config: {name} is {value!r}; it must be a positive integer, at most "
-                    f"{LARGEST.get(name, 2**31):,}"
-                )
-            if kind is float and (type(value) not in (int, float) or not 0 < value < math.inf):
-                raise InputError(f"model config: {name} is {value!r}; it must be a positive number")
-            if kind is bool and type(value) is not bool:
-                raise InputError(f"model config: {name} is {value!r}; it must be true or false")
+        for field in fields(self):
+            self._check(field.name, field.type, getattr(self, field.name))
         if self.n_head % self.n_query_groups:
             raise InputError(f"model config: n_head {self.n_head} is not a multiple of {self.n_query_groups} groups")
-        if self.head_size % 2:
-            raise InputError(f"model config: head_size {self.head_size} is odd; rotary embedding needs an even one")
+        if self.turned % 2 or self.turned > self.head_size:
+            raise InputError(
+                f"model config: {self.turned} of {self.head_size} dimensions of a head cannot be turned in pairs"
+            )
+        if self.n_expert_per_token > self.n_expert or (self.n_expert and not self.n_expert_per_token):
+            raise InputError(f"model config: {self.n_expert_per_token} of {self.n_expert} experts cannot be chosen")
+        for name in ("sliding_layers", "rope_layers"):
+            if len(getattr(self, name)) not in (0, self.n_layer):
+                raise InputError(
+                    f"model config: {name} is given for {len(getattr(self, name))} of {self.n_layer} layers"
+                )
+        if any(self.sliding_layers) and not self.sliding_window:
+            raise InputError("model config: sliding_layers without a sliding_window")
+        if self.rope_type == "longrope":
+            for name in ("rope_short_factors", "rope_long_factors"):
+                if len(getattr(self, name)) != self.turned // 2:
+                    raise InputError(
+                        f"model config: {name} has {len(getattr(self, name))} values for {self.turned // 2} pairs"
+                    )
+
+    def _check(self, name: str, kind: object, value: object) -> None:
+        """InputError unless ``value`` is of the field's type and in a range that makes sense."""
+        optional = type(None) in get_args(kind)
+        if optional and value is None:
+            return
+        base = next(k for k in get_args(kind) if k is not type(None)) if optional else kind
+        least = 0 if name in MAY_BE_ZERO else 1
+        most = LARGEST.get(name, 2**31)
+        if base is int and (type(value) is not int or not least <= value <= most):
+            what = "an integer from 0" if least == 0 else "a positive integer"
+            raise InputError(f"model config: {name} is {value!r}; it must be {what}, at most {most:,}")
+        if base is float and (type(value) not in (int, float) or not 0 < value < math.inf):
+            raise InputError(f"model config: {name} is {value!r}; it must be a positive number")
+        if base is bool and type(value) is not bool:
+            raise InputError(f"model config: {name} is {value!r}; it must be true or false")
+        if get_origin(base) is Literal and value not in get_args(base):
+            raise InputError(f"model config: {name} is {value!r}; known: {', '.join(get_args(base))}")
+        if get_origin(base) is tuple:
+            if not isinstance(value, tuple):
+                raise InputError(f"model config: {name} is {value!r}; it must be a list")
+            for i, item in enumerate(value):
+                self._check(f"{name}[{i}]", get_args(base)[0], item)
+
+    @property
+    def turned(self) -> int:
+        """Dimensions of a head that rotary embedding turns."""
+        return self.head_size if self.rotary_size is None else self.rotary_size
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a position of this layer attends to; None: all before it."""
+        return self.sliding_window if self.sliding_layers and self.sliding_layers[layer] else None
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether this layer turns queries and keys."""
+        return self.turned > 0 and (not self.rope_layers or self.rope_layers[layer])
 
     def to_json(self) -> str:
         """The text of model_config.json."""
@@ -66,6 +164,7 @@ class ModelConfig:
         """Read ``model_config.json``; InputError when it is not what this version writes."""
         path = directory / MODEL_CONFIG
         try:
-            return cls(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            values = json.loads(path.read_text())
+            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path} cannot be read ({error}); convert the checkpoint again") from None

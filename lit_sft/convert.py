@@ -1,6 +1,8 @@
 """Hub checkpoint → ours: names and nothing else change, one tensor in memory at a time."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,11 +10,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_sft.args import ConvertArgs
+from lit_sft.atomic import lock, renewing
 from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError
 from lit_sft.families import find_family
-from lit_sft.families.family import Family
-from lit_sft.layout import HF_CONFIG, MANIFEST, read_json, resolve_checkpoint_dir
+from lit_sft.families.family import Family, Fused, Stacked, Target, WeightNames
+from lit_sft.layout import HF_CONFIG, read_json, resolve_checkpoint_dir
 from lit_sft.model import GPT
 from lit_sft.weights import SAFETENSORS_NAMES, Weight, write_checkpoint
 
@@ -27,11 +30,9 @@ def convert_checkpoint(args: ConvertArgs) -> Path:
     family = find_family(hf_config)
     config = family.read_config(hf_config)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    weights = map_weights(source_weights(directory), family, config, dtype)
-    (directory / MANIFEST).unlink(
-        missing_ok=True
-    )  # from here until the new manifest the directory counts as unconverted
-    write_checkpoint(directory, config, weights, {"family": family.name})
+    weights = to_lit(source_weights(directory), family, config, dtype)
+    with lock(directory), renewing(directory, "lit_model*") as folder:
+        write_checkpoint(folder, config, weights, {"family": family.name})
     n_parameters = sum(torch.Size(w.shape).numel() for w in weights)
     dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in weights})
     print(f"{directory}: {family.name}, {n_parameters:,} parameters, {', '.join(dtypes)}, context {config.block_size}")
@@ -41,8 +42,8 @@ def convert_checkpoint(args: ConvertArgs) -> Path:
 def source_weights(directory: Path) -> list[Weight]:
     """Every tensor of a Hub checkpoint, safetensors preferred, in the order of its files; nothing is loaded yet."""
     for single, index, opener in (
-        ("model.safetensors", "model.safetensors.index.json", _open_safetensors),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json", _open_pickle),
+        ("model.safetensors", "model.safetensors.index.json", open_safetensors),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json", open_pickle),
     ):
         if (directory / index).is_file():
             weight_map = read_json(directory / index).get("weight_map")
@@ -68,7 +69,8 @@ def source_weights(directory: Path) -> list[Weight]:
     )
 
 
-def _open_safetensors(path: Path) -> Iterator[Weight]:
+def open_safetensors(path: Path) -> Iterator[Weight]:
+    """The tensors of a file, each read when it is asked for; InputError when the file is damaged."""
     try:
         file = safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -87,7 +89,8 @@ def _get_tensor(path: Path, name: str) -> Tensor:
         return file.get_tensor(name)
 
 
-def _open_pickle(path: Path) -> Iterator[Weight]:
+def open_pickle(path: Path) -> Iterator[Weight]:
+    """The tensors of a file that torch.save wrote; InputError, and nothing is run, when it holds anything else."""
     try:
         try:
             content = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
@@ -106,46 +109,129 @@ def _open_pickle(path: Path) -> Iterator[Weight]:
         yield Weight(name, tuple(tensor.shape), tensor.dtype, lambda t=tensor: t)
 
 
-def map_weights(source: list[Weight], family: Family, config: ModelConfig, dtype: torch.dtype | None) -> list[Weight]:
-    """The source's tensors under our names, checked to be exactly those of the model; InputError names what is not."""
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Our names of all weights of a model, and their shapes; a tied head is none."""
     with torch.device("meta"):
-        wanted = {name: tuple(p.shape) for name, p in GPT(config).state_dict().items()}
+        shapes = {name: tuple(p.shape) for name, p in GPT(config).state_dict().items()}
     if config.tie_embeddings:
-        del wanted["lm_head.weight"]
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def to_lit(source: list[Weight], family: Family, config: ModelConfig, dtype: torch.dtype | None) -> list[Weight]:
+    """The source's tensors under our names, checked to be exactly those of the model; InputError names what is not."""
+    names = family.names(config)
+    if config.n_layer > len(source):  # before modules are made by the million
+        raise InputError(f"config.json asks for {config.n_layer} layers, but there are {len(source)} weights in all")
+    wanted = weight_shapes(config)
+    if config.tie_embeddings:
+        source = _with_embedding(source, names)
     mapped: dict[str, Weight] = {}
+    rows: dict[str, dict[int, Weight]] = {}
     for weight in source:
-        name = family.lit_name(weight.name)
-        if name is None:
+        found = names.find(weight.name)
+        if found is None:
             continue
-        if name == "lm_head.weight" and config.tie_embeddings:
-            _check_tied(weight, mapped, source, family)
+        target, numbers = found
+        if target == "lm_head.weight" and config.tie_embeddings:
+            _check_tied(weight, source, names)
             continue
-        if name not in wanted:
-            raise InputError(f"weight {weight.name!r} is not part of the model that config.json describes")
-        if weight.shape != wanted[name]:
-            raise InputError(f"weight {weight.name!r} has shape {weight.shape}; config.json asks for {wanted[name]}")
-        if name in mapped:
-            raise InputError(f"weight {weight.name!r} is there twice, in different files; delete the one that is stale")
         if weight.dtype not in SAFETENSORS_NAMES:
             raise InputError(
                 f"weight {weight.name!r} is stored as {weight.dtype}: quantized checkpoints do not convert"
             )
+        if isinstance(target, Stacked):
+            rows.setdefault(target.name.format(*numbers), {})[int(numbers[-1])] = weight
+            continue
+        parts = target.names if isinstance(target, Fused) else (target,)
+        parts = [part.format(*numbers) for part in parts]
+        if unknown := [part for part in parts if part not in wanted]:
+            raise InputError(
+                f"weight {weight.name!r} is not part of the model that config.json describes ({unknown[0]})"
+            )
+        _check_shape(weight, [wanted[part] for part in parts])
+        if parts[0] in mapped:
+            raise InputError(f"weight {weight.name!r} is there twice, in different files; delete the one that is stale")
         to = dtype or weight.dtype
-        mapped[name] = Weight(name, weight.shape, to, lambda w=weight, to=to: _cast(w, to))
-    if missing := [family.hf_name(name) for name in wanted if name not in mapped]:
+        for i, part in enumerate(parts):
+            mapped[part] = Weight(part, wanted[part], to, partial(_part, weight, to, target, i, parts, wanted, config))
+    for name, of_name in rows.items():
+        if name not in wanted or sorted(of_name) != list(range(wanted[name][0])):
+            raise InputError(f"weights {sorted(w.name for w in of_name.values())[0]!r}, …: config.json asks for others")
+        stack = [of_name[i] for i in range(len(of_name))]
+        for weight in stack:
+            _check_shape(weight, [wanted[name][1:]])
+        to = dtype or stack[0].dtype
+        mapped[name] = Weight(name, wanted[name], to, lambda s=stack, to=to: torch.stack([cast(w, to) for w in s]))
+    if missing := [names.hf_name(name) for name in wanted if name not in mapped]:
         raise InputError(f"weight {missing[0]!r} is missing from the checkpoint ({len(missing)} in all)")
     return list(mapped.values())
 
 
-def _cast(weight: Weight, dtype: torch.dtype) -> Tensor:
-    tensor = weight.load().to(dtype)
+def to_hf(weights: list[Weight], family: Family, config: ModelConfig) -> list[Weight]:
+    """Our tensors under the Hub's names, fused and numbered as there: the way back of ``to_lit``."""
+    names = family.names(config)
+    ours = {weight.name: weight for weight in weights}
+    mapped: dict[str, Weight] = {}
+    for weight in weights:
+        template, target, numbers = names.source(weight.name)
+        if isinstance(target, Stacked):
+            for i in range(weight.shape[0]):
+                name = template.format(*numbers, i)
+                mapped[name] = Weight(name, weight.shape[1:], weight.dtype, lambda w=weight, i=i: w.load()[i])
+            continue
+        name = template.format(*numbers)
+        if isinstance(target, Fused):
+            parts = [ours[part.format(*numbers)] for part in target.names]
+            shape = (sum(part.shape[0] for part in parts), *weight.shape[1:])
+            join = partial(_joined, target, parts, config)
+            mapped.setdefault(name, Weight(name, shape, weight.dtype, join))
+        else:
+            mapped[name] = replace(weight, name=name)
+    return list(mapped.values())
+
+
+def _joined(target: Fused, parts: list[Weight], config: ModelConfig) -> Tensor:
+    return target.join([part.load() for part in parts], config)
+
+
+def _check_shape(weight: Weight, parts: list[tuple[int, ...]]) -> None:
+    """InputError unless ``weight`` has the rows of all its parts."""
+    asked = (sum(shape[0] for shape in parts), *parts[0][1:])
+    if weight.shape != asked:
+        raise InputError(f"weight {weight.name!r} has shape {weight.shape}; config.json asks for {asked}")
+
+
+def _part(weight: Weight, to: torch.dtype, target: Target, i: int, parts: list, shapes: dict, config: ModelConfig):
+    """The tensor of part ``i`` of a source weight."""
+    if not isinstance(target, Fused):
+        return cast(weight, to)
+    n_rows = [shapes[part][0] for part in parts]
+    return _checked(target.split(weight.load(), n_rows, config)[i].to(to), weight, to)
+
+
+def cast(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The tensor of ``weight`` as ``dtype``; InputError when float16 cannot hold its values."""
+    return _checked(weight.load().to(dtype), weight, dtype)
+
+
+def _checked(tensor: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float16 != weight.dtype and not tensor.isfinite().all():
         raise InputError(f"weight {weight.name!r} has values beyond the range of float16; take --dtype bfloat16")
     return tensor
 
 
-def _check_tied(head: Weight, mapped: dict[str, Weight], source: list[Weight], family: Family) -> None:
-    embedding = next((w for w in source if family.lit_name(w.name) == "wte.weight"), None)
+def _with_embedding(source: list[Weight], names: WeightNames) -> list[Weight]:
+    """Of tied weights some files hold the head alone: give it the embedding's name then."""
+    targets = {weight.name: (names.find(weight.name) or [None])[0] for weight in source}
+    if "wte.weight" in targets.values():
+        return source
+    embedding = names.hf_name("wte.weight")
+    return [replace(w, name=embedding) if targets[w.name] == "lm_head.weight" else w for w in source]
+
+
+def _check_tied(head: Weight, source: list[Weight], names: WeightNames) -> None:
+    embedding = next((w for w in source if (names.find(w.name) or [None])[0] == "wte.weight"), None)
     if embedding is not None and not torch.equal(head.load(), embedding.load()):
         raise InputError(
             f"{head.name!r} differs from {embedding.name!r} although config.json ties them; "

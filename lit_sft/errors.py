@@ -1,11 +1,29 @@
 """The ways in which a command ends early on purpose."""
 
+from collections.abc import Sequence
+
 
 class InputError(Exception):
     """The user's input or surroundings are wrong: the command prints the message on one line and exits with 2.
 
-    The message says what is wrong, the value seen, and what to do about it.
+    The message says what is wrong, the value seen, and what to do about it. ``details`` are lines to print before it,
+    where it sums up more than a line holds.
     """
+
+    def __init__(self, message: str, details: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.details = details
+
+
+def words(error: Exception) -> str:
+    """What the user reads of an InputError, or of an OSError in place of Python's own text."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename or 'while reading or writing'}; mend that and run the command again"
+    return str(error)
+
+
+class NewerFormat(InputError):  # noqa: N818 (what it is says it)
+    """A directory was written by a later lit_sft: it is intact, and must be neither set aside nor replaced."""
 
 
 class Interrupted(Exception):  # noqa: N818 (it is no error: the work was saved)

@@ -12,10 +12,12 @@ from lit_sft.checkpoint import load_model, read_adapter_config, resolve_base
 from lit_sft.errors import InputError
 from lit_sft.layout import only_checkpoint_dir
 from lit_sft.model import GPT, KVCache
-from lit_sft.prompts import CHAT_TEMPLATE, PLAIN, Message
+from lit_sft.prompts import Message, resolve_style, with_system
+from lit_sft.rope import turned_anew
 from lit_sft.runtime import BASE_DTYPE, pick_device
-from lit_sft.samples import encode_prompt, stop_ids
+from lit_sft.samples import default_style, encode_prompt, stop_ids
 from lit_sft.shards import Shards
+from lit_sft.styles import PLAIN
 from lit_sft.tokenizer import Tokenizer
 
 SAMPLE_PROMPT = "What food do llamas eat?"
@@ -72,22 +74,25 @@ def generate(
     steps = min(max_new_tokens, room)
     weight = model.wte.weight
     cache = KVCache(model.config, 1, len(prompt_ids) + steps, weight.device, weight.dtype)
-    new = prompt_ids
+    ids, new = list(prompt_ids), prompt_ids
     for _ in range(steps):
+        if turned_anew(model.config, cache.length, len(ids)):
+            cache.length, new = 0, ids
         hidden = model.hidden_states(torch.tensor([new], device=weight.device), cache=cache)
-        token = next_token(model.lm_head(hidden[0, -1]), temperature, top_k, top_p, generator)
+        token = next_token(model.logits(hidden[0, -1]), temperature, top_k, top_p, generator)
         if token in stop_ids:
             return
         yield token
         new = [token]
+        ids.append(token)
 
 
 def sampler(
-    model: GPT, tokenizer: Tokenizer, style: str, prompt: str | None, shards: Shards, context: Callable
+    model: GPT, tokenizer: Tokenizer, prompt: str | None, shards: Shards, context: Callable
 ) -> Callable[[int], str]:
     """A function that lets the model answer a fixed prompt greedily, to watch it learn.
 
-    The prompt is ``prompt`` in ``style``; without one it is the first example of ``shards`` up to its first label.
+    The prompt is ``prompt`` in the style of ``shards``; without one it is their first example up to its first label.
     ``context`` is entered around the model, for mixed precision. InputError, before any step, for one that is too long.
     """
     ids, mask = shards[0]
@@ -95,7 +100,8 @@ def sampler(
     if prompt is None and n_prompt > 1:
         prompt_ids = ids[:n_prompt].tolist()
     else:
-        prompt_ids = encode_prompt((Message("user", prompt or SAMPLE_PROMPT),), style, tokenizer)
+        messages = with_system((Message("user", prompt or SAMPLE_PROMPT),), shards.manifest.facts.get("system_prompt"))
+        prompt_ids = encode_prompt(messages, shards.manifest.facts["prompt_style"], tokenizer)
     if len(prompt_ids) >= model.config.block_size:
         raise InputError(
             f"--sample_prompt has {len(prompt_ids)} tokens; the model takes 1 to {model.config.block_size - 1}"
@@ -128,11 +134,12 @@ def answers(args: GenerateArgs) -> Iterator[Iterator[str]]:
         checkpoint_dir = only_checkpoint_dir()
     tokenizer = Tokenizer(checkpoint_dir)
     trained = adapter or Manifest.read(checkpoint_dir).facts
-    untrained_style = CHAT_TEMPLATE if tokenizer.chat_template else PLAIN
-    style = args.prompt_style or trained.get("prompt_style", untrained_style)
+    style = resolve_style(args.prompt_style) if args.prompt_style else trained.get("prompt_style")
+    style = style or default_style(tokenizer, otherwise=PLAIN)
+    system = trained.get("system_prompt") if args.system_prompt is None else args.system_prompt
     ends = trained.get("stop_ids") or (tokenizer.stop_ids if style == PLAIN else stop_ids(style, tokenizer))
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    prompt_ids = encode_prompt((Message("user", prompt, args.input),), style, tokenizer)
+    prompt_ids = encode_prompt(with_system((Message("user", prompt, args.input),), system), style, tokenizer)
     device = pick_device(args.device)
     dtype = BASE_DTYPE[args.precision] if args.precision else None if device == "cuda" else torch.float32
     model = load_model(checkpoint_dir, args.adapter_dir, dtype, device)

@@ -24,7 +24,7 @@ from lit_sft.errors import InputError
 from lit_sft.families.repositories import REPOSITORIES
 from lit_sft.layout import CHECKPOINTS, DOWNLOAD_RECORD, HF_CONFIG, MANIFEST, TOKENIZER_FILES
 
-SMALL_FILES = {HF_CONFIG, *TOKENIZER_FILES, "chat_template.json", "vocab.json", "merges.txt"}
+SMALL_FILES = {HF_CONFIG, *TOKENIZER_FILES}
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is enough
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # unless they are sharded
 SAFETENSORS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
@@ -181,7 +181,7 @@ def _read_record(directory: Path) -> dict:
     """What an earlier run wrote down; its fields are there, and empty, when there was none."""
     try:
         return NO_RECORD | json.loads((directory / DOWNLOAD_RECORD).read_text())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return NO_RECORD
 
 
@@ -192,7 +192,7 @@ def _missing(directory: Path, record: dict) -> list[str]:
     try:
         indexes = [directory / name for weights in WEIGHTS if (name := f"{weights}.index.json") in here]
         choices = [{*json.loads(index.read_text())["weight_map"].values()} - here for index in indexes]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [*lacks, "a readable weight index"]
     choices += [{name} - here for name in WEIGHTS]
     lacks |= choices[0] if all(choices) else set()

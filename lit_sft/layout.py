@@ -12,7 +12,6 @@ MANIFEST = "manifest.json"
 HF_CONFIG = "config.json"
 MODEL_CONFIG = "model_config.json"
 MODEL_WEIGHTS = "lit_model.safetensors"
-MODEL_INDEX = "lit_model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -21,10 +20,19 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "generation_config.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
 )
 DOWNLOAD_RECORD = "download.json"
+GENERATION_CONFIG = "generation_config.json"
+HF_WEIGHTS = "model.safetensors"
+
+# data_dir
+SKIPPED = "skipped.jsonl"
 
 # out_dir
+REPORT = "report.html"  # also in a data_dir
 RUN_ARGUMENTS = "run.yaml"
 RUN_INPUTS = "inputs.json"
 METRICS = "metrics.jsonl"
@@ -45,6 +53,11 @@ def state_name(step: int) -> str:
 def shard_name(split: str, index: int) -> str:
     """The name of shard ``index`` of ``split`` (train or val) in a data_dir."""
     return f"{split}-{index:05d}.pt"
+
+
+def work_dir(data_dir: Path) -> Path:
+    """Where what will be ``data_dir`` is made; a run that was killed leaves it, and the same command goes on there."""
+    return data_dir.with_name(f".partial-{data_dir.name}")
 
 
 def resolve_checkpoint_dir(path: str | Path) -> Path:
@@ -71,6 +84,14 @@ def check_checkpoint_dir(path: str | Path) -> Path:
             f"run: python scripts/convert_hf_checkpoint.py --checkpoint_dir {directory}"
         )
     return directory
+
+
+def check_new(path: str | Path, flag: str) -> Path:
+    """Require that nothing is at ``path`` yet, an empty folder aside; ``flag`` is the one that named it."""
+    found = Path(path)
+    if found.exists() and not (found.is_dir() and not any(found.iterdir())):
+        raise InputError(f"--{flag} {found} exists and is not an empty folder; name another")
+    return found
 
 
 def only_checkpoint_dir() -> Path:
@@ -101,7 +122,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing; download the checkpoint again with scripts/download.py") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not an object")

@@ -16,12 +16,16 @@ from lit_sft.batches import Row, Step, TrainSteps
 from lit_sft.errors import Interrupted, RunFailed
 from lit_sft.lora import ExampleDropout
 from lit_sft.loss import cross_entropy_sum
-from lit_sft.metrics import Metrics
+from lit_sft.metrics import Metrics, shown
 from lit_sft.model import GPT
 from lit_sft.runtime import StopSignals, peak_memory, reduce, reduce_gradients
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+    from lit_sft.run import Saver
+
+MOST_SKIPPED = 10  # steps in a row without an update: then it is not the data
 
 
 def fit(
@@ -32,7 +36,7 @@ def fit(
     train_steps: TrainSteps,
     val_batches: Iterable[Row],
     args: TrainArgs,
-    save: Callable[[int], Path],
+    save: Saver,
     sample: Callable[[int], str],
     dropout: ExampleDropout | None = None,
     done: int = 0,
@@ -47,34 +51,49 @@ def fit(
         train_steps: step number → its examples, as packed rows.
         val_batches: this process's rows of the val split, used whole at each validation.
         args: seed, intervals, clipping and limits.
-        save: write the state after a step; gives where.
+        save: writes the state after a step; gives where.
         sample: the model's answer to the run's fixed prompt, after a step.
         dropout: the adapters' shared dropout, told of each row.
         done: steps already made.
 
     Raises ``Interrupted``, after saving, when a signal asks for an end, and ``RunFailed``, after saving the state
-    before the step, when a loss or gradient is not finite.
+    before the step, when a loss or gradient is not finite or the step does not fit into memory.
     """
     metrics = Metrics(Path(args.out_dir), done, train_steps.max_steps, quiet=not fabric.is_global_zero)
-    started, number = time.perf_counter(), done  # all is done where a kill fell between last save and result
+    started = saved = time.perf_counter()
+    number, n_skipped = done, 0  # all is done where a kill fell between last save and result
     with StopSignals() as signals:
         for number in range(done + 1, train_steps.max_steps + 1):
             try:
                 record = train_step(fabric, model, optimizer, lr_at(number), train_steps[number], args, dropout)
-            except FloatingPointError as error:
+            except (FloatingPointError, MemoryError) as error:
                 metrics.close()
-                raise RunFailed(f"{error}; the update was not made; saved {save(number - 1)}") from None
+                metrics.flush()
+                where = save(number - 1)
+                why = _explain(error, fabric, model, train_steps, number)
+                raise RunFailed(f"{error}: {why}; the update was not made, saved {where}") from None
+            n_skipped = n_skipped + 1 if record.get("skipped") else 0
+            if n_skipped:
+                metrics.say(f"step {number}: loss or gradient is not finite; no update is made")
+            if n_skipped > MOST_SKIPPED:
+                metrics.close()
+                raise RunFailed(f"{n_skipped} steps in a row without a finite loss; saved {save(number - 1)}")
             last = number == train_steps.max_steps
+            best = False
             if last or number % args.eval_interval == 0:
                 record["val_loss"] = validate(fabric, model, val_batches)
-                val_loss = "none" if record["val_loss"] is None else f"{record['val_loss']:.4f}"
-                metrics.say(f"step {number}: loss {record['loss']:.4f}, val loss {val_loss}\n{sample(number)}")
+                best = save.is_best(number, record["val_loss"])
+                losses = f"loss {shown(record['loss'])}, val loss {shown(record['val_loss'])}"
+                metrics.say(f"step {number}: {losses}\n{sample(number)}")
             metrics.log(record)
-            late = args.max_time is not None and time.perf_counter() - started > args.max_time
-            exit_code, late = reduce(fabric, "max", signals.exit_code, late)
-            if not (last or exit_code or late or number % args.save_interval == 0):
+            now = time.perf_counter()
+            late = args.max_time is not None and now - started > args.max_time
+            due = args.save_minutes is not None and now - saved > 60 * args.save_minutes
+            exit_code, late, due = reduce(fabric, "max", signals.exit_code, late, due)
+            if not (last or exit_code or late or due or best or number % args.save_interval == 0):
                 continue
-            where = save(number)
+            metrics.flush()
+            where, saved = save(number), time.perf_counter()
             if exit_code and not last:
                 metrics.close()
                 raise Interrupted(
@@ -100,26 +119,40 @@ def train_step(
 ) -> dict:
     """Make one optimizer step; gives its record for metrics.jsonl.
 
-    Raises FloatingPointError, on every process and before anything is updated, when loss or gradient is not finite.
+    Where loss or gradient is not finite nothing is updated: FloatingPointError on every process, or with
+    ``on_nonfinite`` "skip" a record that says so. MemoryError, on every process, where one has too little for its rows.
     """
     started = time.perf_counter()
     model.train()
-    loss = accumulate_gradients(fabric, model, step, dropout)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    loss, too_large = 0.0, False
+    try:
+        loss = accumulate_gradients(fabric, model, step, dropout)
+    except torch.OutOfMemoryError:
+        too_large = True  # what the rows took is given back when this block ends
+    if too_large:
+        optimizer.zero_grad()
     reduce_gradients(fabric, parameters)
-    (loss,) = reduce(fabric, "sum", loss)
+    loss, n_too_large = reduce(fabric, "sum", loss, too_large)
+    if n_too_large:
+        optimizer.zero_grad()
+        raise MemoryError(
+            f"step {step.number} does not fit into the memory of {'this' if too_large else 'another'} device"
+        )
     precision = fabric.strategy.precision  # which scales losses and gradients under fp16
     precision.unscale_gradients(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_norm or math.inf).item()
     scaler_copes = args.precision == "16-mixed"  # it skips an update that overflowed and lowers its scale
-    if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler_copes):
+    skipped = not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler_copes)
+    if skipped and args.on_nonfinite == "stop":
         optimizer.zero_grad()
-        raise FloatingPointError(
-            f"step {step.number}: loss {loss}, gradient norm {grad_norm}, among examples {str(step.examples)[1:81]}"
-        )
+        raise FloatingPointError(f"step {step.number}: loss {loss}, gradient norm {grad_norm}")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    precision.optimizer_step(optimizer)
+    if not skipped:
+        precision.optimizer_step(optimizer)
+    elif scaler_copes:
+        precision.scaler.update()  # it counts on one for each unscaling
     optimizer.zero_grad()
     seconds = time.perf_counter() - started
     n_positions = sum(row.input_ids.numel() for row in step.rows)
@@ -128,14 +161,45 @@ def train_step(
         "epoch": step.epoch,
         "loss": loss,
         "lr": learning_rate,
-        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        "grad_norm": grad_norm,
         "n_labels": step.n_labels,
         "n_tokens": step.n_tokens,
         "tokens_per_s": step.n_tokens / seconds,
-        "padding_share": 1 - sum(sum(row.lengths) for row in step.rows) / n_positions if n_positions else 0.0,
+        "padding_share": 1 - sum(sum(row.layout.lengths) for row in step.rows) / n_positions if n_positions else 0.0,
         "peak_mem_bytes": peak_memory(fabric.device),
         "seconds": seconds,
+        **({"skipped": True} if skipped else {}),
     }
+
+
+@torch.no_grad()
+def _explain(error: Exception, fabric: Fabric, model: GPT, steps: TrainSteps, number: int) -> str:
+    """What in step ``number`` made it fail."""
+    return _heaviest_row(steps, number) if isinstance(error, MemoryError) else _culprits(fabric, model, steps, number)
+
+
+def _culprits(fabric: Fabric, model: GPT, steps: TrainSteps, number: int) -> str:
+    """Which examples of this process's rows have a loss that is not finite by itself; all of the step when none has."""
+    model.eval()
+    examples = [i for row in steps[number].rows for i in row.examples]
+    losses = [float(summed_loss(fabric, model, steps.alone(i).to(fabric.device))) for i in examples]
+    if culprits := [i for i, loss in zip(examples, losses, strict=True) if not math.isfinite(loss)]:
+        return f"from the train split's examples {_listed(culprits)}"
+    return f"though each example's own loss is finite, among {_listed(steps.examples(number))}"
+
+
+def _heaviest_row(steps: TrainSteps, number: int) -> str:
+    """The longest row of a step that does not fit into memory, and what to lower."""
+    row = max(steps[number].rows, key=lambda row: row.input_ids.numel())
+    n_tokens, longest = row.input_ids.numel(), int(steps.shards.lengths.max())
+    lower = f"the same command goes on with --micro_batch_tokens {max(n_tokens // 2, longest)}"
+    if n_tokens <= longest:
+        lower = f"start another run with --max_seq_length {longest // 2}"
+    return f"its longest packed row has {n_tokens} tokens (the train split's examples {_listed(row.examples)}); {lower}"
+
+
+def _listed(examples: list[int]) -> str:
+    return ", ".join(map(str, examples[:20])) + (", …" if len(examples) > 20 else "")
 
 
 def accumulate_gradients(fabric: Fabric, model: GPT, step: Step, dropout: ExampleDropout | None = None) -> float:
@@ -147,18 +211,18 @@ def accumulate_gradients(fabric: Fabric, model: GPT, step: Step, dropout: Exampl
     for row in step.rows:
         row = row.to(fabric.device)
         if dropout is not None:
-            dropout.begin_row(step.number, row.examples, row.lengths, fabric.device)
-        share = summed_loss(fabric, model, row)[0] / step.n_labels
+            dropout.begin_row(step.number, row.examples, row.layout.lengths, fabric.device)
+        share = summed_loss(fabric, model, row) / step.n_labels
         fabric.backward(share)
         loss = loss + share.detach()
     return float(loss)
 
 
-def summed_loss(fabric: Fabric, model: GPT, row: Row) -> tuple[Tensor, int]:
-    """Summed loss of one packed row, a scalar, and its labelled positions; only those reach the head."""
+def summed_loss(fabric: Fabric, model: GPT, row: Row) -> Tensor:
+    """Summed loss of one packed row, a scalar; only its labelled positions reach the head."""
     with fabric.autocast():
-        hidden = model.hidden_states(row.input_ids[None], row.lengths)[0]
-        return cross_entropy_sum(hidden, model.lm_head, row.labels)
+        hidden = model.hidden_states(row.input_ids[None], row.layout)[0, row.positions]
+        return cross_entropy_sum(hidden, model.lm_head, row.labels, row.counts, model.config.logits_softcap)
 
 
 @torch.no_grad()
@@ -167,7 +231,7 @@ def validate(fabric: Fabric, model: GPT, rows: Iterable[Row]) -> float | None:
     model.eval()
     total, n_labels = 0.0, 0
     for row in rows:
-        loss, n = summed_loss(fabric, model, row.to(fabric.device))
-        total, n_labels = total + loss.item(), n_labels + n
+        total += summed_loss(fabric, model, row.to(fabric.device)).item()
+        n_labels += row.n_labels
     total, n_labels = reduce(fabric, "sum", total, n_labels)
     return total / n_labels if n_labels else None

@@ -1,6 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): small trainable matrices beside frozen linear layers."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -8,25 +9,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_sft.args import LoRAArgs
-from lit_sft.model import GPT
+from lit_sft.model import GPT, MoE
+from lit_sft.quantize import QuantizedLinear
 
 ADAPTER_KEYS = ("lora_A", "lora_B")
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(nn.Module):
     """A linear layer and its adapter: ``x Wᵀ + b + (alpha / r) (dropout(x) Aᵀ) Bᵀ``.
 
-    It takes over the base layer's parameters, so their names in a state dict do not change. A (r, in) and B (out, r)
-    are kept in fp32 (fp64 over an fp64 base) and rounded to the input's dtype for the products.
+    A (r, in) and B (out, r) are kept in fp32 (fp64 over an fp64 base), and rounded to the input's dtype for products.
     """
 
-    def __init__(self, base: nn.Linear, args: LoRAArgs, dropout: "ExampleDropout", number: int) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would allocate and draw a second base
+    def __init__(
+        self,
+        base: nn.Linear | QuantizedLinear,
+        args: LoRAArgs,
+        dropout: Callable[[Tensor, int], Tensor],
+        number: int,
+    ) -> None:
+        super().__init__()
+        self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
         self.scaling = args.lora_alpha / args.lora_r
         self.dropout, self.number = dropout, number
-        kept = {"device": base.weight.device, "dtype": torch.promote_types(base.weight.dtype, torch.float32)}
+        stored = base.weight if isinstance(base, nn.Linear) else torch.empty(0, device=next(base.buffers()).device)
+        kept = {"device": stored.device, "dtype": torch.promote_types(stored.dtype, torch.float32)}
         self.lora_A = nn.Parameter(torch.zeros(args.lora_r, base.in_features, **kept))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, args.lora_r, **kept))
 
@@ -42,7 +50,7 @@ class LoRALinear(nn.Linear):
         """(…, in) → (…, out)."""
         dropped = self.dropout(x, self.number) if self.training else x
         low_rank = F.linear(dropped, self.lora_A.to(x.dtype)) * self.scaling
-        return F.linear(x, self.weight, self.bias) + F.linear(low_rank, self.lora_B.to(x.dtype))
+        return self.base(x) + F.linear(low_rank, self.lora_B.to(x.dtype))
 
     def delta(self) -> Tensor:
         """What the adapter adds to the weight: (out, in), in the adapter's dtype."""
@@ -60,6 +68,10 @@ class ExampleDropout:
         self.p, self.seed = p, seed
         self.token_keys: Tensor | None = None
 
+    def of_expert(self, mixture: MoE, expert: int) -> Callable[[Tensor, int], Tensor]:
+        """The same dropout for the layers of one expert, which see the tokens that the router chose for it."""
+        return lambda x, number: self(x, number, mixture.tokens_of[expert])
+
     def begin_row(self, step: int, examples: list[int], lengths: list[int], device: torch.device) -> None:
         """Set the keys of the row's tokens: (T,) int64, one hash for each token of each example."""
         if self.p == 0:
@@ -69,14 +81,15 @@ class ExampleDropout:
         positions = torch.cat([torch.arange(n) for n in lengths])
         self.token_keys = _mix(example_keys + positions).to(device)
 
-    def __call__(self, x: Tensor, number: int) -> Tensor:
-        """Drop from x (1, T, C), or (N, C) of a row's N tokens, with the mask of layer ``number``."""
+    def __call__(self, x: Tensor, number: int, tokens: Tensor | None = None) -> Tensor:
+        """Drop from x (1, T, C), a row, or (N, C), the ``tokens`` (N,) of it, with the mask of layer ``number``."""
         if self.p == 0:
             return x
-        if self.token_keys is None or x.shape[-2] != len(self.token_keys):
+        keys = self.token_keys if self.token_keys is None or tokens is None else self.token_keys[tokens]
+        if keys is None or x.shape[-2] != len(keys):
             raise RuntimeError("LoRA dropout was given tokens of a row that begin_row did not announce")
         channels = torch.arange(x.shape[-1], device=x.device) * 0x9E3779B9 + number
-        bits = _mix(self.token_keys[:, None] ^ _mix(channels)[None, :])
+        bits = _mix(keys[:, None] ^ _mix(channels)[None, :])
         return x * (bits >= self.p * 2**32) / (1 - self.p)
 
 
@@ -100,11 +113,14 @@ def apply_lora(model: GPT, args: LoRAArgs, seed: int) -> ExampleDropout:
     wanted = [name for name in ("query", "key", "value", "projection") if parts[name]]
     wanted += ["gate", "up", "down"] if parts["mlp"] else []
     wanted += ["lm_head"] if parts["head"] else []
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | QuantizedLinear)]
+    mixtures = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
     for number, (name, base) in enumerate(linears):
         parent, _, child = name.rpartition(".")
         if child in wanted:
-            adapted = LoRALinear(base, args, none if child == "lm_head" else dropout, number)
+            mixture, _, expert = parent.rpartition(".experts.")
+            own = dropout.of_expert(mixtures[mixture], int(expert)) if mixture else dropout
+            adapted = LoRALinear(base, args, none if child == "lm_head" else own, number)
             adapted.reset_adapter(generator)
             setattr(model.get_submodule(parent), child, adapted)
     return dropout
@@ -122,10 +138,10 @@ def merge_lora(model: GPT) -> None:
     A head that shares its tensor with the embedding gets one of its own: only the head was adapted.
     """
     for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]:
-        merged = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-        weight = module.weight.to(module.lora_A.dtype) + module.delta()
-        merged.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
-        merged.bias = module.bias
+        merged = nn.Linear(module.in_features, module.out_features, bias=module.base.bias is not None, device="meta")
+        weight = module.base.weight.to(module.lora_A.dtype) + module.delta()
+        merged.weight = nn.Parameter(weight.to(module.base.weight.dtype), requires_grad=False)
+        merged.bias = module.base.bias
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, merged)
         if child == "lm_head":

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from lit_sft.args import MergeArgs
 from lit_sft.checkpoint import load_model, read_adapter_config, resolve_base, save_model
-from lit_sft.errors import InputError, RunFailed
+from lit_sft.errors import RunFailed
+from lit_sft.layout import check_new
 from lit_sft.lora import merge_lora
 from lit_sft.model import GPT
+from lit_sft.prompts import PROMPT_FACTS
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 CHECK_TOKENS = 64
@@ -22,9 +24,7 @@ def merge_checkpoint(args: MergeArgs) -> Path:
     """
     adapter = read_adapter_config(args.lora_path)
     checkpoint_dir = resolve_base(args.checkpoint_dir, adapter)
-    out_dir = Path(args.out_dir)
-    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise InputError(f"--out_dir {out_dir} exists and is not an empty folder; name another")
+    out_dir = check_new(args.out_dir, "out_dir")
     model = load_model(checkpoint_dir, args.lora_path)
     before = probe(model)
     merge_lora(model)
@@ -32,7 +32,7 @@ def merge_checkpoint(args: MergeArgs) -> Path:
     allowed = TOLERANCE[model.wte.weight.dtype]
     if not error <= allowed:
         raise RunFailed(f"merging moves the logits by {error:.2e} of their size, above {allowed}; nothing was written")
-    facts = {key: adapter[key] for key in ("prompt_style", "stop_ids")} | {"merged_from": str(args.lora_path)}
+    facts = {name: adapter.get(name) for name in PROMPT_FACTS} | {"merged_from": str(args.lora_path)}
     save_model(out_dir, model, checkpoint_dir, facts)
     print(f"saved {out_dir}: logits before and after differ by {error:.1e} of their size (allowed: {allowed})")
     return out_dir

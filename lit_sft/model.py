@@ -3,13 +3,18 @@
 Letters of shapes: B batch, T time (tokens), C channels (n_embd), H heads, G key/value heads, D head size.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lit_sft.attention import cached_attention, packed_attention
+from lit_sft.attention import Layout, Scoring, causal_attention, packed_attention
 from lit_sft.config import ModelConfig
-from lit_sft.rope import rotate, rotations
+from lit_sft.rope import rotate, rotations, turned_anew
+
+Rotation = tuple[Tensor, Tensor]
 
 
 class GPT(nn.Module):
@@ -19,9 +24,11 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm_f = RMSNorm(config.n_embd, config.norm_eps)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm_f = make_norm(config, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.checkpoint_every = 0
+        """In training one of so many blocks keeps only its input, and is computed again backward; 0: none does."""
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -31,110 +38,223 @@ class GPT(nn.Module):
 
     def forward(self, input_ids: Tensor, cache: "KVCache | None" = None) -> Tensor:
         """Logits (B, T, vocab_size) of input_ids (B, T) int64; with a cache the tokens continue what it holds."""
-        return self.lm_head(self.hidden_states(input_ids, cache=cache))
+        return self.logits(self.hidden_states(input_ids, cache=cache))
 
-    def hidden_states(
-        self, input_ids: Tensor, lengths: list[int] | None = None, cache: "KVCache | None" = None
-    ) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(…, C) → (…, vocab_size)."""
+        return soft_cap(self.lm_head(hidden), self.config.logits_softcap)
+
+    def hidden_states(self, input_ids: Tensor, layout: Layout | None = None, cache: "KVCache | None" = None) -> Tensor:
         """The normed states that the head turns into logits.
 
         Args:
             input_ids: (B, T) int64.
-            lengths: tokens of each example that the row is packed from (B is then 1); positions restart at each and
+            layout: the segments that the row is packed from (B is then 1); positions restart with each example and
                 attention never crosses. None: every row is one example.
-            cache: the keys and values of earlier tokens, extended by this call; excludes ``lengths``.
+            cache: the keys and values of earlier tokens, extended by this call; excludes ``layout``.
 
         Returns:
             (B, T, C).
         """
-        start = cache.length if cache is not None else 0
-        device = input_ids.device
-        if lengths is None:
-            positions = torch.arange(start, start + input_ids.shape[1], device=device)
-        else:
-            positions = torch.cat([torch.arange(n, device=device) for n in lengths])
         x = self.wte(input_ids)
-        rotation = rotations(self.config, positions, x.dtype)
+        if self.config.embedding_scale != 1:
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded, as where it was trained
+        turns, local_turns = self._rotations(x, layout, cache)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, lengths, cache.layer(layer) if cache is not None else None)
+            rotation = local_turns if block.attn.scoring.window else turns
+            own_cache = cache.layer(layer) if cache is not None else None
+            if self.checkpoint_every and self.training and layer % self.checkpoint_every == 0:
+                x = checkpoint(block, x, rotation, layout, own_cache, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, rotation, layout, own_cache)
         if cache is not None:
             cache.length += input_ids.shape[1]
         return self.norm_f(x)
 
+    def _rotations(self, x: Tensor, layout: Layout | None, cache: "KVCache | None") -> tuple[Rotation, Rotation]:
+        """What turns queries and keys in the ordinary layers, and in those with a window."""
+        start = cache.length if cache is not None else 0
+        end = start + x.shape[1]
+        if start and turned_anew(self.config, start, end):
+            raise ValueError(f"past {self.config.rope_original_block_size} tokens all are turned anew: empty the cache")
+        if layout is None:
+            positions, whole = torch.arange(start, end), torch.full((x.shape[1],), end)
+        else:
+            positions, whole = layout.positions(), layout.totals()
+            if (
+                self.config.rope_type == "longrope"
+                and layout.parents
+                and whole.max() > self.config.rope_original_block_size
+            ):
+                raise ValueError(
+                    "with longrope a token of a long example turns otherwise than the same one of a short one"
+                )
+        dtype = torch.promote_types(x.dtype, torch.float32) if self.config.round_late else x.dtype
+        make = partial(rotations, self.config, positions.to(x.device), whole.to(x.device), dtype)
+        turns = make()
+        return turns, make(local=True) if self.config.rope_local_theta else turns
+
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP, normed before or after, added to the residual stream one after the other or at once."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.norm_1 = RMSNorm(config.n_embd, config.norm_eps)
-        self.attn = CausalSelfAttention(config)
-        self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = GatedMLP(config)
+        norm = partial(make_norm, config, config.n_embd)
+        self.parallel, self.shared_norm = config.parallel_residual, config.shared_norm
+        self.norm_1 = norm() if config.pre_norm else nn.Identity()
+        self.attn = CausalSelfAttention(config, layer)
+        self.post_norm_1 = norm() if config.post_norm else nn.Identity()
+        self.norm_2 = norm() if config.pre_norm and not config.shared_norm else nn.Identity()
+        self.mlp = MoE(config) if config.n_expert else MLP(config)
+        self.post_norm_2 = norm() if config.post_norm else nn.Identity()
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], lengths: list[int] | None, cache: "LayerCache | None"
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, layout: Layout | None, cache: "LayerCache | None") -> Tensor:
         """(B, T, C) → (B, T, C)."""
-        x = x + self.attn(self.norm_1(x), rotation, lengths, cache)
-        return x + self.mlp(self.norm_2(x))
+        normed = self.norm_1(x)
+        attended = self.post_norm_1(self.attn(normed, rotation, layout, cache))
+        if self.parallel:
+            return x + (attended + self.post_norm_2(self.mlp(normed if self.shared_norm else self.norm_2(x))))
+        x = x + attended
+        return x + self.post_norm_2(self.mlp(self.norm_2(x)))
 
 
 class CausalSelfAttention(nn.Module):
     """Multi-head, grouped-query or multi-query attention; query, key and value stay separate matrices."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.head_size = config.head_size
+        self.head_size, self.has_rope = config.head_size, config.has_rope(layer)
         q_width, kv_width = config.n_head * config.head_size, config.n_query_groups * config.head_size
         self.query = nn.Linear(config.n_embd, q_width, bias=config.qkv_bias)
         self.key = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
         self.value = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
         self.projection = nn.Linear(q_width, config.n_embd, bias=config.projection_bias)
-
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], lengths: list[int] | None, cache: "LayerCache | None"
-    ) -> Tensor:
-        """(B, T, C) → (B, T, C)."""
-        query, key, value = (
-            linear(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, H or G, T, D)
-            for linear in (self.query, self.key, self.value)
+        self.full_norm = config.qk_norm == "full"
+        self.query_norm = make_qk_norm(config, config.n_head)
+        self.key_norm = make_qk_norm(config, config.n_query_groups)
+        self.scoring = Scoring(
+            scale=config.attention_scale or config.head_size**-0.5,
+            window=config.window(layer),
+            softcap=config.attention_softcap,
+            alibi=config.alibi,
         )
-        query, key = rotate(query, rotation), rotate(key, rotation)
+
+    def forward(self, x: Tensor, rotation: Rotation, layout: Layout | None, cache: "LayerCache | None") -> Tensor:
+        """(B, T, C) → (B, T, C)."""
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.full_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key, value = (y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in (query, key, value))
+        if not self.full_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.has_rope:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is None:
-            mixed = packed_attention(query, key, value, lengths)
+            mixed = packed_attention(query, key, value, layout, self.scoring)
         else:
-            mixed = cached_attention(query, *cache.extend(key, value))
+            mixed = causal_attention(query, *cache.extend(key, value), self.scoring)
         return self.projection(mixed.transpose(1, 2).flatten(2))
 
 
-class GatedMLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+class MLP(nn.Module):
+    """Two linear layers around an activation, which a third may gate (GLU variants: Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
-        self.up = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
-        self.down = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
+        self.gate = nn.Linear(config.n_embd, config.intermediate_size, config.mlp_bias) if config.gated_mlp else None
+        self.up = nn.Linear(config.n_embd, config.intermediate_size, config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, config.n_embd, config.mlp_bias)
+        self.activation = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}[
+            config.activation
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, C) → (…, C)."""
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class MoE(nn.Module):
+    """A mixture of experts: each token goes through the few MLPs that a router chooses for it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_chosen, self.normalize = config.n_expert_per_token, config.normalize_experts
+        self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
+        self.experts = nn.ModuleList(MLP(config) for _ in range(config.n_expert))
+        self.tokens_of: list[Tensor] = []
+        """(n,) int64 for each expert: which tokens of the last row went through it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) → (B, T, C)."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        flat = x.flatten(0, 1)
+        shares, chosen = (
+            self.router(flat).softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).topk(self.n_chosen)
+        )
+        if self.normalize:
+            shares = shares / shares.sum(-1, keepdim=True)
+        shares = shares.to(x.dtype)
+        picks = [(chosen == number).nonzero(as_tuple=True) for number in range(len(self.experts))]
+        self.tokens_of = [tokens for tokens, _ in picks]
+        out = torch.zeros_like(flat)
+        for expert, (tokens, place) in zip(self.experts, picks, strict=True):
+            if len(tokens):
+                out = out.index_add(0, tokens, expert(flat[tokens]) * shares[tokens, place, None])
+        return out.view_as(x)
 
 
 class RMSNorm(nn.Module):
     """Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467), the mean taken in fp32 or better."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, unit_offset: bool, round_late: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size) if unit_offset else torch.ones(size))
+        self.eps, self.unit_offset, self.round_late = eps, unit_offset, round_late
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) → (…, C)."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.unit_offset or self.round_late:
+            return (normed * (self.weight.to(wide.dtype) + self.unit_offset)).to(x.dtype)
         return self.weight * normed.to(x.dtype)
+
+
+class EachHeadNorm(nn.Module):
+    """Layer norm of each head with a weight of its own."""
+
+    def __init__(self, n_head: int, head_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_head, head_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, T, D) → (B, H, T, D)."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # rounded once, as layer norms with a weight are
+        return (F.layer_norm(wide, x.shape[-1:], eps=self.eps) * self.weight[:, None].to(wide.dtype)).to(x.dtype)
+
+
+def make_norm(config: ModelConfig, size: int) -> nn.Module:
+    """A norm over the last ``size`` channels, of the kind the config names."""
+    if config.norm == "rms":
+        return RMSNorm(size, config.norm_eps, config.norm_unit_offset, config.round_late)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
+
+
+def make_qk_norm(config: ModelConfig, n_head: int) -> nn.Module:
+    """The norm of queries or keys."""
+    if config.qk_norm == "none":
+        return nn.Identity()
+    if config.qk_norm == "each_head":
+        return EachHeadNorm(n_head, config.head_size, config.norm_eps)
+    return make_norm(config, config.head_size * (n_head if config.qk_norm == "full" else 1))
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """``cap · tanh(x / cap)``, which keeps x within ±cap; None: x."""
+    return x if cap is None else cap * torch.tanh(x / cap)
 
 
 class KVCache:

@@ -27,6 +27,16 @@ def pack(lengths: list[int], max_tokens: int, max_examples: int | None = None) -
     return [sorted(row) for row in rows if row]
 
 
+def bucket_length(n_tokens: int) -> int:
+    """The length to which a row is padded where shapes must repeat, as for compiled kernels and graphs.
+
+    Multiples of 64, and of a 32nd of the next power of two: at most 16 lengths between one power and the next, and at
+    most 6 % of padding from 1,024 tokens on, 2 % on average over balanced rows.
+    """
+    step = max(64, (1 << (n_tokens - 1).bit_length()) // 32)
+    return -(-n_tokens // step) * step
+
+
 def _balance(
     order: list[int], lengths: list[int], n_rows: int, max_tokens: int, max_examples: int | None
 ) -> list[list[int]] | None:

@@ -1,29 +1,56 @@
-"""Raw data → shards: read, encode, cut, split, write, report."""
+"""Raw data → shards: read, encode, select, write, report."""
 
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
 from lit_sft.args import PrepareArgs
-from lit_sft.atomic import Manifest, publish_directory, replaceable
+from lit_sft.atomic import Manifest, lock, publish_directory, replaceable, sweep
 from lit_sft.config import ModelConfig
-from lit_sft.errors import InputError
-from lit_sft.layout import MANIFEST, check_checkpoint_dir, only_checkpoint_dir
-from lit_sft.prompts import CHAT_TEMPLATE, Sample
+from lit_sft.errors import InputError, Interrupted, RunFailed
+from lit_sft.layout import MANIFEST, REPORT, SKIPPED, check_checkpoint_dir, only_checkpoint_dir, work_dir
+from lit_sft.mixing import MixedSource, with_flags
+from lit_sft.prompts import resolve_style, style_label
+from lit_sft.report import show_examples, write_data_report
 from lit_sft.rows import Columns
-from lit_sft.samples import encode_sample, stop_ids
-from lit_sft.shards import KIND, Example, write_shards
-from lit_sft.sources import HubDataset, read_samples
+from lit_sft.samples import default_style, stop_ids
+from lit_sft.selection import Selection, select
+from lit_sft.shards import FACTS, KIND, write_shards
+from lit_sft.sources import SHOWN, SampleStream, Source
+from lit_sft.spool import Encoding, Spool, fill
 from lit_sft.tokenizer import Tokenizer
 
+MOST_WORKERS = 8
 
-def prepare(args: PrepareArgs, source: Path | HubDataset, name: str, columns: Columns, multiturn: bool = True) -> Path:
+
+def prepare(
+    args: PrepareArgs,
+    source: Source,
+    name: str,
+    columns: Columns = Columns(),  # noqa: B008 (it is frozen)
+    multiturn: bool = True,
+    val_source: Source | None = None,
+) -> Path:
     """Make a data_dir of ``source`` for a checkpoint, and print what is in it; gives the directory.
+
+    ``val_source`` is the val split, as it is; without one it is drawn from ``source``.
 
     Raises InputError, with nothing written, when the data or the arguments do not allow it.
     """
+    streams = [SampleStream(each, columns, multiturn, args.system_prompt) for each in (source, val_source) if each]
+    return prepare_mix(args, with_flags(args, streams), name)
+
+
+def prepare_mix(args: PrepareArgs, sources: list[MixedSource], name: str) -> Path:
+    """``prepare`` of several sources together."""
     checkpoint_dir = check_checkpoint_dir(args.checkpoint_dir or only_checkpoint_dir())
     if args.checkpoint_dir is None:
         print(f"using {checkpoint_dir}, the only converted checkpoint")
@@ -34,34 +61,43 @@ def prepare(args: PrepareArgs, source: Path | HubDataset, name: str, columns: Co
     max_seq_length = min(args.max_seq_length or block_size, block_size)
     if max_seq_length < (args.max_seq_length or 0):
         print(f"--max_seq_length {args.max_seq_length} is beyond the model's context; {block_size} is used")
-    style = args.prompt_style or (CHAT_TEMPLATE if tokenizer.chat_template else "alpaca")
+    style = resolve_style(args.prompt_style) if args.prompt_style else default_style(tokenizer, otherwise="alpaca")
     facts = {
         "checkpoint_dir": str(checkpoint_dir),
         "tokenizer": tokenizer.fingerprint,
         "prompt_style": style,
+        "system_prompt": args.system_prompt,
         "stop_ids": stop_ids(style, tokenizer),
         "mask_prompt": args.mask_prompt,
         "max_seq_length": max_seq_length,
-        "arguments": {k: v for k, v in asdict(args).items() if k not in ("access_token", "debug")},
+        "order": args.order,
+        "arguments": {
+            k: v for k, v in asdict(args).items() if k not in ("access_token", "debug", "num_workers", "show")
+        },
     }
     destination = Path(args.destination_path or Path("data") / name)
     _check_destination(destination)
-    samples, skipped, description = read_samples(source, columns, args.on_error, multiturn)
-    print(f"reading {description}")
-    for problem in skipped[:10]:
-        print(f"skipped: {problem}")
-    progress = tqdm(samples, "tokenizing", disable=None)
-    examples = [_encode(sample, style, tokenizer, args.mask_prompt) for sample in progress]
-    kept, n_cut = fit_lengths(samples, examples, max_seq_length, args.on_overflow, block_size)
-    train, val = split(kept, args.val_split_fraction, args.seed)
-    facts |= {"n_train": len(train), "n_val": len(val), "n_skipped": len(skipped), "n_cut": n_cut}
-    facts |= statistics(examples, kept)
-    if (destination / MANIFEST).exists():
-        print(f"replacing what {destination} held")
-    with publish_directory(destination, KIND) as folder:
-        names = write_shards(folder, "train", train) + write_shards(folder, "val", val)
-        Manifest(KIND, facts).write(folder, names)
-    print(summary(destination, facts))
+    quality = args.min_alphanumeric_share is not None or args.max_repetition_share is not None
+    near = args.deduplicate == "near"
+    encoding = Encoding(checkpoint_dir, tokenizer.fingerprint, style, args.mask_prompt, max_seq_length, quality, near)
+    num_workers = args.num_workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+    with _working(destination) as folder:
+        spool, n_rows = fill(folder, [s.stream for s in sources], encoding, tokenizer, args.on_error, num_workers)
+        for source, n in zip(sources, n_rows, strict=True):
+            source.check_scores(n)
+        chosen = select(spool.rows, spool.signatures, sources, args, max_seq_length, block_size)
+        facts |= statistics(spool.rows, chosen, n_rows, [s.stream.name for s in sources], max_seq_length)
+        if (destination / MANIFEST).exists():
+            print(f"replacing what {destination} held")
+        with publish_directory(destination, KIND) as made:
+            names = _write(made, "train", spool, chosen.train) + _write(made, "val", spool, chosen.val)
+            if facts["n_skipped"]:
+                names.append(_write_skipped(made / SKIPPED, spool))
+            names.append(write_data_report(made, name, facts, tokenizer))
+            Manifest(KIND, facts).write(made, names)
+    print(f"{summary(destination, facts)}\n  {destination / REPORT} shows what a model will learn from them")
+    if args.show:
+        show_examples(destination, facts, args.show, tokenizer, sys.stdout)
     return destination
 
 
@@ -77,75 +113,110 @@ def _check_destination(destination: Path) -> None:
             )
 
 
-def _encode(sample: Sample, style: str, tokenizer: Tokenizer, mask_prompt: bool) -> Example:
-    try:
-        return encode_sample(sample, style, tokenizer, mask_prompt)
-    except InputError as error:
-        raise InputError(f"{sample.place}: {error}") from None
-
-
-def fit_lengths(
-    samples: list[Sample], examples: list[Example], max_seq_length: int, on_overflow: str, block_size: int
-) -> tuple[list[Example], int]:
-    """Apply the overflow rule; gives the examples kept and how many of them lost part of a response.
-
-    ``truncate`` cuts the tail, back to the last label that remains; the first prompt is never cut, and an example
-    that would keep no part of a response is refused. ``drop`` leaves every too long example out, ``error`` refuses any.
+@contextmanager
+def _working(destination: Path) -> Iterator[Path]:
+    """Hold the work folder of ``destination``, which vanishes at the end: unless a signal, or a worker's death, ended
+    what had finished several chunks, for then the same command goes on. A kill leaves it in any case.
     """
-    kept, lost, n_cut = [], [], 0
-    for sample, example in zip(samples, examples, strict=True):
-        if example.n_needed <= max_seq_length:
-            kept.append(example.cut(max_seq_length))  # what may go here follows the last end token
-        elif on_overflow == "truncate" and example.n_prompt < max_seq_length:
-            rest = example.cut(max_seq_length)
-            kept.append(rest.cut(rest.n_needed))
-            n_cut += 1
-        else:
-            lost.append((sample.place, example))
-    if lost and on_overflow != "drop":
-        needed = max(e.n_prompt + 1 if on_overflow == "truncate" else e.n_needed for _, e in lost)
-        what = "keep no label when cut" if on_overflow == "truncate" else "are longer than that"
-        places = ", ".join(place for place, _ in lost[:3]) + (", …" if len(lost) > 3 else "")
-        raise InputError(
-            f"--max_seq_length {max_seq_length}: {len(lost)} examples {what} ({places}); "
-            + (f"--max_seq_length {needed} keeps" if needed <= block_size else f"only a context of {needed} would keep")
-            + f" all, --on_overflow drop leaves out all {len(lost) + n_cut} that are too long"
-        )
-    if not kept:
-        needed = min(e.n_needed for _, e in lost)
-        raise InputError(f"--max_seq_length {max_seq_length}: no example is left; the shortest has {needed} tokens")
-    return kept, n_cut
+    folder = work_dir(destination.resolve())
+    absent = [parent for parent in folder.parents if not parent.exists()]
+    with lock(folder):
+        sweep(folder)
+        keep = ""
+        try:
+            yield folder
+        except (KeyboardInterrupt, Interrupted, RunFailed) as end:
+            if sum(1 for _ in folder.glob("*.npy")) < 2:
+                raise
+            keep = f"; what is done is kept in {folder}: the same command goes on from there"
+            if isinstance(end, RunFailed):
+                raise RunFailed(f"{end}{keep}") from None
+            code = end.exit_code if isinstance(end, Interrupted) else 130
+            raise Interrupted(f"error: interrupted{keep}", code) from None
+        finally:
+            if not keep:
+                shutil.rmtree(folder)
+                for parent in absent:
+                    if not any(parent.iterdir()):
+                        parent.rmdir()
 
 
-def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """A seeded split into train and val; with a fraction above 0 and two examples or more, each gets at least one."""
-    n_val = min(max(int(len(examples) * fraction), fraction > 0), len(examples) - 1)
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [examples[i] for i in order[n_val:]], [examples[i] for i in order[:n_val]]
+def _write(directory: Path, split: str, spool: Spool, examples: np.ndarray) -> list[str]:
+    rows = spool.rows
+    lengths = torch.from_numpy(rows["n_kept"][examples].astype(np.int64))
+    facts = {name: torch.from_numpy(rows[name][examples]) for name in FACTS}
+
+    def read(start: int, end: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        return ((start + i, ids, mask) for i, ids, mask in spool.read(examples[start:end]))
+
+    return write_shards(directory, split, lengths, facts, read)
 
 
-def statistics(examples: list[Example], kept: list[Example]) -> dict:
-    """Counts of tokens, kept and lost, and lengths before any cut; pN: at least N % of the examples are not longer."""
-    lengths = sorted(len(example.input_ids) for example in examples)
-    n_tokens = sum(len(example.input_ids) for example in kept)
-    percentiles = {f"p{p}": lengths[-(-len(lengths) * p // 100) - 1] for p in (50, 95, 99)}
-    return {
-        "n_tokens": n_tokens,
-        "n_labels": sum(sum(example.labels_mask) for example in kept),
-        "n_tokens_cut": sum(lengths) - n_tokens,
-        "n_dropped": len(examples) - len(kept),
-        "length": {**percentiles, "max": lengths[-1]},
+def _write_skipped(path: Path, spool: Spool) -> str:
+    """Write the rows left out, one JSON object each, and print the first; gives the file's name."""
+    with path.open("w", encoding="utf-8") as file:
+        for i, problem in enumerate(spool.problems()):
+            file.write(json.dumps(vars(problem)) + "\n")
+            if i < SHOWN:
+                print(f"skipped: {problem}")
+    return path.name
+
+
+def statistics(rows: np.ndarray, chosen: Selection, n_rows: list[int], names: list[str], limit: int) -> dict:
+    """Counts of examples and tokens, kept and lost, of each source and in all.
+
+    Lengths are those before any cut of what filters and duplicates left; pN: at least N % are not longer. A repeated
+    example counts as often among n_train, n_tokens and n_labels, and once elsewhere.
+    """
+
+    def by_source(examples: np.ndarray, of: str | None = None) -> list[int]:
+        weights = None if of is None else rows[of][examples].astype(np.int64)
+        return np.bincount(rows["source"][examples], weights, len(names)).astype(np.int64).tolist()
+
+    stored, once = np.concatenate([chosen.train, chosen.val]), np.union1d(chosen.train, chosen.val)
+    read = by_source(np.arange(len(rows)))
+    lost = zip(by_source(chosen.dropped, "length"), by_source(once, "length"), by_source(once, "n_kept"), strict=True)
+    columns = {
+        "n_rows": n_rows,
+        "n_skipped": [n - made for n, made in zip(n_rows, read, strict=True)],
+        **{f"n_{rule}": [counts[rule] for counts in chosen.counts] for rule in chosen.counts[0]},
+        "n_cut": by_source(once[rows["n_needed"][once] > limit]),
+        "n_tokens_cut": [dropped + whole - kept for dropped, whole, kept in lost],
+        "n_train": by_source(chosen.train),
+        "n_val": by_source(chosen.val),
+        "n_tokens": by_source(stored, "n_kept"),
+        "n_labels": by_source(stored, "n_labels"),
     }
+    lengths = np.sort(rows["length"][chosen.candidates])
+    percentiles = {f"p{p}": int(lengths[-(-len(lengths) * p // 100) - 1]) for p in (50, 95, 99)}
+    sources = [{"name": name} | {key: column[i] for key, column in columns.items()} for i, name in enumerate(names)]
+    totals = {key: sum(column) for key, column in columns.items()}
+    return totals | {"length": {**percentiles, "max": int(lengths[-1])}, "sources": sources}
 
 
 def summary(directory: Path, facts: dict) -> str:
     """What was prepared, in a few lines."""
     length = facts["length"]
-    return (
+    told = {"n_low_score": "rated too low", "n_too_short": "too short", "n_too_long": "too long"}
+    told |= {"n_short_response": "with a short response", "n_few_letters": "with few letters or digits"}
+    told |= {"n_repetitive": "repetitive", "n_duplicates": "duplicates", "n_near_duplicates": "near duplicates"}
+    told |= {"n_not_drawn": "not drawn"}
+    left_out = ", ".join(f"{facts[key]:,} {what}" for key, what in told.items() if facts.get(key))
+    lines = [
         f"{directory}: {facts['n_train']} train and {facts['n_val']} val examples, "
-        f"prompt style {facts['prompt_style']}\n"
+        f"prompt style {style_label(facts['prompt_style'])}",
         f"  tokens per example: p50 {length['p50']}, p95 {length['p95']}, p99 {length['p99']}, max {length['max']}; "
-        f"max_seq_length {facts['max_seq_length']}\n"
+        f"max_seq_length {facts['max_seq_length']}",
         f"  {facts['n_tokens']:,} tokens, {facts['n_labels']:,} of them labels; {facts['n_cut']} examples cut, "
-        f"{facts['n_dropped']} dropped ({facts['n_tokens_cut']:,} tokens lost), {facts['n_skipped']} skipped"
-    )
+        f"{facts['n_dropped']} dropped ({facts['n_tokens_cut']:,} tokens lost), {facts['n_skipped']} skipped",
+        f"  left out: {left_out}",
+        f"  {facts['n_leaked']} val examples have a prompt that is in train too, {facts['n_leaked_exactly']} of them "
+        f"word for word; --on_leakage says what becomes of such ({facts['arguments']['on_leakage']})",
+    ]
+    lines += [
+        f"  {source['name']}: {source['n_rows']:,} rows → {source['n_train']:,} train, {source['n_val']:,} val, "
+        f"{source['n_tokens']:,} tokens ({source['n_tokens'] / max(1, facts['n_tokens']):.1%})"
+        for source in facts["sources"]
+    ]
+    wanted = (True, True, True, bool(left_out), facts["n_leaked"] > 0, *[len(facts["sources"]) > 1] * len(lines))
+    return "\n".join(line for line, is_wanted in zip(lines, wanted, strict=False) if is_wanted)

@@ -1,14 +1,19 @@
-"""Prompt styles and chat templates: from the turns of a dialogue to the text a model sees."""
+"""Dialogues, and from their turns to the text a model sees: in a named style, a chat template or the user's own."""
 
-import re
+import string
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
-from lit_sft.chat_template import Part, end_part, render_template
+from lit_sft.chat_template import Part, end_part, fill_template, render_template, template_variables
 from lit_sft.errors import InputError
+from lit_sft.styles import CHAT_TEMPLATE, PROMPT_STYLES, PromptStyle
 
-CHAT_TEMPLATE = "chat-template"
-PLAIN = "plain"
+PROMPT_FACTS = ("prompt_style", "system_prompt", "stop_ids")
+"""What a model's later commands must know of how its data were written; manifests and adapters carry it."""
+OWN_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
+FIELDS = ("instruction", "input", "system", "bos", "eos")
 
 
 @dataclass(frozen=True)
@@ -23,79 +28,63 @@ class Message:
 
 @dataclass(frozen=True)
 class Sample:
-    """One exchange or dialogue as text, before it is rendered and tokenized."""
+    """One exchange or dialogue as text, before it is rendered and tokenized; a lone assistant turn is plain text."""
 
     messages: tuple[Message, ...]
     place: str = ""
     """Where it came from, for messages: ``data.csv row 417``."""
+    row: int = 0
+    """Its number in its source, from 1; malformed rows count too."""
 
 
-@dataclass(frozen=True)
-class PromptStyle:
-    """A named way to write a dialogue. ``{instruction}`` and ``{input}`` are replaced, everything else is literal."""
-
-    prompt: str
-    prompt_with_input: str = ""
-    """Used for the first turn when there is an input; empty: the input follows the instruction after a blank line."""
-    later_prompt: str = ""
-    """Turns after the first; empty: like the first."""
-    system: str = "{system}\n\n"
-    """How a system message goes before the first turn."""
-    default_system: str = ""
-    response_prefix: str = ""
-    """What stands between the prompt's last token and the response, and is predicted with it."""
-    response_suffix: str = ""
-    """What stands between the response and its end token."""
-    bos_each_turn: bool = False
+def with_system(messages: tuple[Message, ...], system_prompt: str | None) -> tuple[Message, ...]:
+    """The dialogue with ``system_prompt`` in front, unless that is None or the dialogue has its own, or is text."""
+    if system_prompt is None or messages[0].role != "user":
+        return messages
+    return (Message("system", system_prompt), *messages)
 
 
-_ALPACA = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
-)
-_ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-_ALPACA_LATER = "\n\n### Instruction:\n{instruction}\n\n### Response:"
+def resolve_style(given: str) -> str:
+    """What --prompt_style says, as manifests keep it: a known name, or a style of the user's own in full.
 
-PROMPT_STYLES = {
-    PLAIN: PromptStyle("{instruction}"),
-    "alpaca": PromptStyle(_ALPACA + "\n", _ALPACA_INPUT + "\n", _ALPACA_LATER + "\n"),
-    # Lit-GPT's in 2023: no newline before the response
-    "alpaca-no-newline": PromptStyle(_ALPACA, _ALPACA_INPUT, _ALPACA_LATER),
-    "llama2-chat": PromptStyle(
-        "[INST] {instruction} [/INST]",
-        system="<<SYS>>\n{system}\n<</SYS>>\n\n",
-        response_prefix=" ",
-        response_suffix=" ",
-        bos_each_turn=True,
-    ),
-    "vicuna": PromptStyle(
-        "USER: {instruction} ASSISTANT:",
-        system="{system} ",
-        default_system="A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-        response_prefix=" ",
-    ),
-    "hermes": PromptStyle(
-        "### Instruction:\n{instruction}\n\n### Response:\n",
-        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
-        "\n\n### Instruction:\n{instruction}\n\n### Response:\n",
-    ),
-    "platypus": PromptStyle(
-        "### Instruction:\n\n{instruction}\n\n### Response:\n",
-        later_prompt="\n\n### Instruction:\n\n{instruction}\n\n### Response:\n",
-    ),
-    "beluga": PromptStyle(
-        "### User:\n{instruction}\n\n### Assistant:\n",
-        later_prompt="\n\n### User:\n{instruction}\n\n### Assistant:\n",
-        system="### System:\n{system}\n\n",
-        default_system="You are Stable Beluga, an AI that follows instructions extremely well. "
-        "Help as much as you can. Remember, be safe, and don't do anything illegal.",
-    ),
-}
+    The user's own is a Python format string or a Jinja template, given itself or as a file's path. A line break at
+    the end of a file is not part of it. InputError: it is none of these.
+    """
+    if given in PROMPT_STYLES or given == CHAT_TEMPLATE:
+        return given
+    if "{" in given or "\n" in given:
+        _own_style(given, False)
+        return given
+    path = Path(given)
+    if path.suffix not in OWN_SUFFIXES and not path.is_file():
+        raise InputError(f"unknown prompt style {given!r}; {known_styles()}")
+    try:
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
+    except UnicodeDecodeError:
+        raise InputError(f"--prompt_style {given} is not UTF-8; save it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"--prompt_style {given} cannot be read: {error.strerror}; give a file, or a name") from None
+    try:
+        _own_style(text, False)
+    except InputError as error:
+        raise InputError(f"--prompt_style {given}: {error}") from None
+    return text
+
+
+def known_styles() -> str:
+    """The sentence that lists the names."""
+    names = ", ".join((*PROMPT_STYLES, CHAT_TEMPLATE))
+    return f"known: {names}; or a file of your own (.jinja, .txt), or text with {{instruction}}"
+
+
+def style_label(style: str) -> str:
+    """A style for a message: its name, or the beginning of the user's own."""
+    return style if style in PROMPT_STYLES or style == CHAT_TEMPLATE else f"your own ({' '.join(style.split()):.40}…)"
+
+
+def is_chat_template(style: str) -> bool:
+    """Whether a Jinja template over ``messages`` writes the dialogue: the checkpoint's, or the user's own."""
+    return style == CHAT_TEMPLATE or (style not in PROMPT_STYLES and _own_style(style, False) is None)
 
 
 def render(
@@ -106,51 +95,101 @@ def render(
     Args:
         messages: an optional system message, then user and assistant in turn. When the last is the user's, the parts
             end where the model's answer begins: a prompt to generate from.
-        style: a key of PROMPT_STYLES, or ``chat-template``.
+        style: a key of PROMPT_STYLES, ``chat-template``, or the text of a style of the user's own (``resolve_style``).
         special_tokens: the texts of ``bos_token`` and ``eos_token``.
         template: the checkpoint's own Jinja template, for ``chat-template``.
 
     Raises InputError when the style is unknown, or the template refuses the dialogue, rewrites its contents or writes
     them otherwise in a prompt than in a whole dialogue.
     """
-    if style == CHAT_TEMPLATE:
-        if template is None:
-            raise InputError(f"prompt style {CHAT_TEMPLATE!r}: the checkpoint has no chat template; {known_styles()}")
-        roles = tuple(m.role for m in messages)
-        contents = [m.content if not m.input else f"{m.content}\n\n{m.input}" for m in messages]
-        return render_template(template, roles, contents, special_tokens)
-    if style not in PROMPT_STYLES:
-        raise InputError(f"unknown prompt style {style!r}; {known_styles()}")
-    return _render_style(messages, PROMPT_STYLES[style], special_tokens)
-
-
-def known_styles() -> str:
-    """The sentence that lists the names."""
-    return f"known: {', '.join((*PROMPT_STYLES, CHAT_TEMPLATE))}"
+    if style == CHAT_TEMPLATE and template is None:
+        raise InputError(f"prompt style {CHAT_TEMPLATE!r}: the checkpoint has no chat template; {known_styles()}")
+    found = PROMPT_STYLES.get(style)
+    if found is None and style != CHAT_TEMPLATE:
+        found, template = _own_style(style, messages[0].role == "system" and messages[0].content != ""), style
+    if found is not None:
+        return _render_style(messages, found, special_tokens)
+    roles = tuple(m.role for m in messages)
+    contents = [m.content if not m.input else f"{m.content}\n\n{m.input}" for m in messages]
+    return render_template(template, roles, contents, special_tokens)
 
 
 def _render_style(messages: tuple[Message, ...], style: PromptStyle, special_tokens: dict[str, str]) -> list[Part]:
-    system = next((m.content for m in messages if m.role == "system"), style.default_system)
+    default = Part(style.default_system, control=True)
+    system = next((Part(m.content) for m in messages if m.role == "system"), default)
+    tokens = {name: [Part(special_tokens.get(f"{name}_token", ""), control=True)] for name in ("bos", "eos")}
+    before = _fill(style.system, tokens | {"system": [system]}) if system.text else []
     parts: list[Part] = []
-    first = True
     for message in messages:
         if message.role == "assistant":
-            text = style.response_prefix + message.content + style.response_suffix
-            parts += [Part(text, response=True), end_part(special_tokens)]
+            parts.append(Part(style.response_prefix + message.content + style.response_suffix, response=True))
+            own_end = style.end != "{eos}"
+            parts.append(Part(style.end, control=True, response=True) if own_end else end_part(special_tokens))
         elif message.role == "user":
-            values = {"instruction": message.content, "input": message.input}
-            form = style.prompt if first or not style.later_prompt else style.later_prompt
-            if message.input and first and style.prompt_with_input:
-                form = style.prompt_with_input
-            elif message.input:
-                values["instruction"] += "\n\n" + message.input
-            if first and system:
-                values["system"] = system
-                # Llama 2 writes the system message inside the first [INST]; elsewhere the form has no text before it
-                inside = style.bos_each_turn
-                form = form.replace("{instruction}", style.system + "{instruction}") if inside else style.system + form
-            elif not first and style.bos_each_turn:
-                parts.append(Part(special_tokens.get("bos_token", ""), control=True))
-            parts.append(Part(re.sub(r"\{(system|instruction|input)\}", lambda m, v=values: v[m[1]], form)))
-            first = False
+            form = style.later_prompt if parts and style.later_prompt else style.prompt
+            form = style.prompt_with_input if message.input and not parts and style.prompt_with_input else form
+            content = message.content
+            if message.input and "{input}" not in form:
+                content += "\n\n" + message.input
+            if not parts and "{system}" not in form:
+                parts += before
+            values = {"instruction": [Part(content)], "input": [Part(message.input)], "system": before}
+            parts += _fill(form, tokens | values)
+            before = []
     return [part for part in parts if part.text]
+
+
+def _fill(form: str, values: dict[str, list[Part]]) -> list[Part]:
+    """The parts of a form: control tokens written in it are meant, in what fills its fields they are not."""
+    parts = []
+    for literal, field in _pieces(form):
+        parts.append(Part(literal, control=True))
+        parts += values[field] if field else []
+    return parts
+
+
+@lru_cache(maxsize=256)
+def _pieces(form: str) -> tuple[tuple[str, str | None], ...]:
+    """The literal texts of a Python format string, each with the field behind it. ValueError when it is none."""
+    pieces = []
+    for literal, field, spec, conversion in string.Formatter().parse(form):
+        if field is not None and (field not in FIELDS or spec or conversion):
+            raise ValueError(f"{{{field}}} is not a field")
+        pieces.append((literal, field))
+    return tuple(pieces)
+
+
+@lru_cache(maxsize=64)
+def _own_style(text: str, with_system: bool) -> PromptStyle | None:
+    """The style in a user's text, for dialogues with or without a system message; None: a template over ``messages``.
+
+    InputError: it is neither a Python format string with {instruction} nor a Jinja template.
+    """
+    try:
+        fields = {field for _, field in _pieces(text)}
+    except ValueError as error:
+        fields, wrong = set(), f"{error} (known: {', '.join(f'{{{field}}}' for field in FIELDS)}; {{{{ is a brace)"
+    else:
+        wrong = "it has no {instruction}"
+    if "instruction" in fields:
+        return PromptStyle(text, system="{system}" if "system" in fields else PromptStyle.system)
+    if "{" not in text:
+        raise InputError(f"unknown prompt style {text!r:.60}; {known_styles()}")
+    if "{{" not in text and "{%" not in text:
+        raise InputError(f"prompt style {text!r:.60}: {wrong}; {known_styles()}")
+    variables = template_variables(text)
+    if "messages" in variables:
+        return None
+    known = {"instruction", "input", "system", "bos_token", "eos_token"}
+    if "instruction" not in variables or not variables <= known:
+        seen = ", ".join(sorted(variables)) or "nothing"
+        raise InputError(f"prompt style {text!r:.60}: it uses {seen}; use messages, or instruction, input and system")
+    system = "system" if with_system else ""
+    forms = [
+        fill_template(text, {"instruction": "instruction", "input": i, "system": s})
+        for i, s in (("", system), ("input", system), ("", ""))
+    ]
+    if wrong := next((form for form in forms if "{instruction}" not in form), None):
+        raise InputError(f"prompt style {text!r:.60}: it does not write the instruction as it is, but {wrong!r:.60}")
+    placed = "{system}" in forms[0]
+    return PromptStyle(*forms, system="{system}" if placed else PromptStyle.system)

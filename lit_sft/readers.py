@@ -1,4 +1,4 @@
-"""From a file to its rows: CSV, TSV, JSON, JSON lines and Parquet."""
+"""From a file to its rows: CSV, TSV, JSON, JSON lines, Parquet and Arrow."""
 
 import codecs
 import csv
@@ -13,21 +13,47 @@ from lit_sft.rows import ALIASES, Malformed, Row, kind_of, listed
 
 
 def file_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file, read as its extension says, one after the other.
+    """The rows of a file, read as its extension says, one after the other; of a folder that ``save_to_disk`` wrote too.
 
     InputError: it is absent, empty or broken as a whole. A row broken by itself has a Malformed as its cells.
     """
     known = ", ".join(READERS)
     if path.is_dir():
-        names = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in READERS)
-        raise InputError(f"{path} is a directory, not a file; it holds {listed(names)}; name one")
+        return _saved_rows(path)
     if not path.exists():
         raise InputError(f"{path} does not exist; name a file ({known})")
-    if path.suffix.lower() not in READERS:
-        raise InputError(f"{path} is of an unknown kind; known: {known}")
+    if not path.is_file():
+        raise InputError(f"{path} is no regular file; save what it gives in one, and name that ({known})")
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty")
+    with path.open("rb") as file:
+        start = file.read(8)
+    if packed := next((name for magic, name in PACKED.items() if start.startswith(magic)), None):
+        raise InputError(f"{path} is {packed}; unpack it, or save it as CSV, and name what comes out ({known})")
+    if path.suffix.lower() not in READERS:
+        raise InputError(f"{path} is of an unknown kind; known: {known}")
+    if path.suffix.lower() not in BINARY and start.startswith(UTF_16):
+        raise InputError(f"{path} is UTF-16, not UTF-8; save it as UTF-8")
     return READERS[path.suffix.lower()](path)
+
+
+def _saved_rows(path: Path) -> Iterator[Row]:
+    """The rows of a dataset saved to disk by ``datasets``, whose files its state.json names."""
+    if (splits := path / "dataset_dict.json").is_file():
+        names = [entry.name for entry in sorted(path.iterdir()) if entry.is_dir()]
+        raise InputError(
+            f"{path} holds the splits {listed(names)} ({splits.name}); name one: {path}/{names[0]}"
+            if names
+            else f"{path} holds no split that its {splits.name} promises"
+        )
+    if not (path / "state.json").is_file():
+        names = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in READERS)
+        raise InputError(f"{path} is a directory, not a file; it holds {listed(names)}; name one")
+    try:
+        files = [path / entry["filename"] for entry in json.loads((path / "state.json").read_text())["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path / 'state.json'} is damaged ({error!r}); save the dataset again") from None
+    return numbered(row.cells for file in files for row in file_rows(file))
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
@@ -72,7 +98,9 @@ def _parse(raw: bytes, line: int = 1) -> Any:
     except UnicodeDecodeError as error:
         raise Malformed(f"is not UTF-8 at byte {error.start + 1}, counted from line {line}") from None
     except json.JSONDecodeError as error:
-        raise Malformed(f"is not JSON: {error.msg} at line {error.lineno + line - 1} column {error.colno}") from None
+        raise Malformed(
+            f"is not JSON: {error.msg.removesuffix(' at')} at line {error.lineno + line - 1} column {error.colno}"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise Malformed(f"is not JSON that can be read: {error}, from line {line}") from None
 
@@ -117,14 +145,42 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            _checked_header(path, schema.names)
-            encoded = [column for column in schema if "arrow.json" in str(column.type)]
-            for number, row in enumerate((row for batch in file.iter_batches(1024) for row in batch.to_pylist()), 1):
-                row |= {column.name: _decoded(row[column.name], column.type) for column in encoded}
-                yield Row(number, None, row)
+            yield from _table_rows(path, file.schema_arrow, file.iter_batches(BATCH))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}; get it again") from None
+
+
+def _arrow_rows(path: Path) -> Iterator[Row]:
+    """A stream of record batches, as ``datasets`` writes, or Arrow's file format."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as mapped:
+            if mapped.read(6) == b"ARROW1":
+                file = pyarrow.ipc.open_file(mapped)
+                batches = (file.get_batch(i) for i in range(file.num_record_batches))
+            else:
+                mapped.seek(0)
+                file = batches = pyarrow.ipc.open_stream(mapped)
+            parts = (batch.slice(i, BATCH) for batch in batches for i in range(0, len(batch), BATCH))
+            yield from _table_rows(path, file.schema, parts)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as Arrow: {' '.join(str(error).split())}; get it again") from None
+
+
+def _table_rows(path: Path, schema: Any, batches: Iterable[Any]) -> Iterator[Row]:
+    """The rows of Arrow's record batches."""
+    _checked_header(path, schema.names)
+    encoded = [column for column in schema if "arrow.json" in str(column.type)]
+    for number, row in enumerate((row for batch in batches for row in _valid(batch).to_pylist()), 1):
+        row |= {column.name: _decoded(row[column.name], column.type) for column in encoded}
+        yield Row(number, None, row)
+
+
+def _valid(batch: Any) -> Any:
+    """The batch; its buffers are checked first, as reading a damaged one would end the process, not raise."""
+    batch.validate(full=True)
+    return batch
 
 
 def _decoded(value: Any, kind: Any) -> Any:
@@ -145,6 +201,17 @@ def numbered(rows: Iterable[Any]) -> Iterator[Row]:
     return (Row(number, None, cells) for number, cells in enumerate(rows, 1))
 
 
+BATCH = 1024
+"""Rows of a table made Python's at a time."""
+PACKED = {
+    b"\x1f\x8b": "compressed (gzip)",
+    b"PK\x03\x04": "a zip archive or a spreadsheet",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd)",
+    b"\xfd7zXZ\0": "compressed (xz)",
+    b"BZh": "compressed (bzip2)",
+}
+"""How files begin that are given by mistake."""
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".json": _json_rows,
     ".jsonl": _jsonl_rows,
@@ -152,4 +219,6 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _csv_rows,
     ".tsv": _csv_rows,
     ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
 }
+BINARY = (".parquet", ".arrow")

@@ -12,10 +12,12 @@ ALIASES = {
     "instruction": ("instruction", "prompt", "question", "inputs"),
     "input": ("input", "context"),
     "output": ("output", "response", "answer", "completion", "targets"),
-    "messages": ("messages", "conversations"),
+    "messages": ("messages", "conversations", "conversation"),
+    "text": ("text",),
 }
 FLAGS = "/".join(f"--{part}_column" for part in ALIASES) + " of prepare_csv and prepare_dataset"
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"}
+ROLES |= {"assistant": "assistant", "gpt": "assistant", "model": "assistant"}
 KINDS = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
 
 
@@ -27,6 +29,8 @@ class Columns:
     input: str | None = None
     output: str | None = None
     messages: str | None = None
+    text: str | None = None
+    """Text without a prompt, all of which is learned."""
 
     def __str__(self) -> str:
         return ", ".join(f"{part} from {column!r}" for part, column in self.given().items())
@@ -64,8 +68,10 @@ def recognise(seen: list[str], wanted: Columns) -> Columns:
     for part, column in given.items():
         if column not in seen:
             raise InputError(f"--{part}_column {column!r} is not there; {columns}")
-    if len(set(given.values())) < len(given) or ("messages" in given and len(given) > 1):
-        raise InputError(f"{wanted}: give each part a column of its own, or --messages_column alone; {columns}")
+    if len(set(given.values())) < len(given) or ({"messages", "text"} & given.keys() and len(given) > 1):
+        raise InputError(
+            f"{wanted}: give each part a column of its own, or --messages_column or --text_column alone; {columns}"
+        )
     free = [column for column in seen if column not in given.values()]
     found = {part: [c for c in free if c.strip().lower() in names] for part, names in ALIASES.items()}
     found |= {part: [column] for part, column in given.items()}
@@ -73,20 +79,39 @@ def recognise(seen: list[str], wanted: Columns) -> Columns:
         found["instruction"], found["input"] = found["input"], []  # LongForm: its input is the whole prompt
     pair = bool(found["instruction"] and found["output"])
     dialogue = "messages" in given or (not given and bool(found["messages"]))
-    parts = ["messages"] if dialogue else ["instruction", "input", "output"]
+    # data with a prompt often repeat it all in a column "text", which is then left alone
+    text = "text" in given or (not given and not pair and not dialogue and bool(found["text"]))
+    parts = ["text"] if text else ["messages"] if dialogue else ["instruction", "input", "output"]
     several = [c for part in parts if len(found[part]) > 1 for c in found[part]]
     if pair and dialogue and not given:
-        several = [c for choice in found.values() for c in choice]
-    if several or not (pair or dialogue):
+        several = [c for part, choice in found.items() for c in choice if part != "text"]
+    if several or not (pair or dialogue or text):
         wrong = f"which of {listed(several)} to read is ambiguous" if several else "the columns are of no known format"
         raise InputError(f"{wrong}; {columns}; name yours with {FLAGS}")
     return Columns(**{part: found[part][0] for part in parts if found[part]})
+
+
+def format_of(columns: Columns, cells: Any) -> str:
+    """What the format is called that these columns make, with a row of it, for the user to see what was recognised."""
+    if columns.text is not None:
+        return "plain text, learned whole"
+    if columns.messages is None:
+        names = {column.strip().lower() for column in columns.given().values()}
+        alpaca = names in ({"instruction", "output"}, {"instruction", "input", "output"})
+        return "Alpaca's columns" if alpaca else "/".join(c for c in columns.given().values() if c != columns.input)
+    value = cells.get(columns.messages) if isinstance(cells, dict) else None
+    turn = value[0] if isinstance(value, list) and value else None
+    if isinstance(turn, dict):
+        return "ShareGPT conversations" if "from" in turn else "OpenAI messages"
+    return "lists of turns" if isinstance(turn, str) else "dialogues"
 
 
 def turns_of(row: Any, columns: Columns, multiturn: bool) -> tuple[Message, ...]:
     """The checked turns of a row; ``multiturn`` False: a dialogue's first exchange. Malformed says what is wrong."""
     if not isinstance(row, dict) or not row:
         raise Malformed(f"is {kind_of(row)}, not an object with columns" if row else "holds no columns")
+    if columns.text is not None:
+        return (Message("assistant", _text(row.get(columns.text), f"column {columns.text!r}")),)
     if columns.messages is not None:
         return _dialogue(row.get(columns.messages), f"column {columns.messages!r}", multiturn)
     instruction = _text(row.get(columns.instruction), f"column {columns.instruction!r}")
@@ -140,7 +165,8 @@ def _text(value: Any, what: str) -> str:
     if _is_missing(value):
         raise Malformed(f"{what} is missing")
     if not isinstance(value, str):
-        raise Malformed(f"{what} is {kind_of(value)}, not text")
+        advice = "; store it as text" if isinstance(value, bool | int | float) else ""
+        raise Malformed(f"{what} is {kind_of(value)}, not text{advice}")
     if not value.strip():
         raise Malformed(f"{what} is empty")
     if "\0" in value:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+import platform
+import shutil
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +17,11 @@ import torch
 import yaml
 from torch import nn
 
-from lit_sft.args import TrainArgs
+from lit_sft import __version__
+from lit_sft.args import LoRAArgs, TrainArgs
 from lit_sft.atomic import lock, sweep, write_atomically
 from lit_sft.batches import TrainSteps
-from lit_sft.checkpoint import base_fingerprint, go_back, newest_state, prune_states, save_state
+from lit_sft.checkpoint import base_fingerprint, go_back, load_state, newest_state, prune_states, save_state
 from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError
 from lit_sft.layout import (
@@ -31,15 +35,22 @@ from lit_sft.layout import (
     state_name,
 )
 from lit_sft.optim import warmup_steps
+from lit_sft.runtime import on_first
 from lit_sft.shards import Shards
 from lit_sft.tokenizer import Tokenizer
 
 # what may change when a run goes on: it decides where, how fast and how often, never what is computed
 FREE = {
     "debug", "out_dir", "resume", "device", "devices", "micro_batch_size", "micro_batch_tokens", "max_time",
-    "eval_interval", "save_interval", "keep_last", "sample_prompt", "checkpoint_dir", "data_dir", "max_iters", "epochs",
+    "eval_interval", "save_interval", "save_minutes", "keep_last", "keep_best", "on_nonfinite", "sample_prompt",
+    "checkpoint_dir", "data_dir", "max_iters", "epochs", "share_prefix", "activation_checkpointing", "hardware",
+    "threads", "torch", "lit_sft",
 }  # fmt: skip
-PLACES = ("device", "devices", "micro_batch_size", "micro_batch_tokens")  # those of them that move the last bits
+# those of them that move the last bits
+PLACES = (
+    "device", "devices", "micro_batch_size", "micro_batch_tokens", "share_prefix", "activation_checkpointing",
+    "hardware", "threads", "torch", "lit_sft",
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -55,7 +66,8 @@ def check_shards(train: Shards, val: Shards, tokenizer: Tokenizer, checkpoint_di
         )
     config = ModelConfig.from_dir(checkpoint_dir)
     block_size, vocab_size = config.block_size, config.vocab_size
-    largest = max((int(part["input_ids"].max()) for shards in (train, val) for part in shards.shards), default=0)
+    parts = [part for shards in (train, val) for part in shards.shards if tokenizer.vocab_size > vocab_size]
+    largest = max((int(part["input_ids"].max()) for part in parts), default=0)
     if largest >= vocab_size:
         raise InputError(
             f"the shards hold token id {largest}, {checkpoint_dir} has embeddings for ids below {vocab_size}: its "
@@ -67,6 +79,16 @@ def check_shards(train: Shards, val: Shards, tokenizer: Tokenizer, checkpoint_di
             f"the longest example has {longest} tokens, the context of {checkpoint_dir} is {block_size}; "
             f"add --max_seq_length {block_size}"
         )
+
+
+def can_share_prefix(args: TrainArgs, checkpoint_dir: Path, train: Shards) -> bool:
+    """Whether computing shared beginnings once is asked for and exact for this model and these examples."""
+    config = ModelConfig.from_dir(checkpoint_dir)
+    longest = int(train.lengths.max()) if len(train) else 0
+    # dropout's masks are each example's own; longrope turns the tokens of long examples otherwise
+    dropped = isinstance(args, LoRAArgs) and args.lora_dropout > 0
+    turned = config.rope_type == "longrope" and longest > config.rope_original_block_size
+    return args.share_prefix and not dropped and not turned
 
 
 def resolve_args(args: TrainArgs, checkpoint_dir: Path, precision: str, steps: TrainSteps) -> TrainArgs:
@@ -93,27 +115,34 @@ def open_run(args: TrainArgs, shards: Shards, fabric: Fabric) -> Iterator[Path |
     Raises InputError when the folder is in use, holds a finished run, or a run of other arguments, data or base.
     """
     with ExitStack() as held:
-        state = refusal = None
-        if fabric.is_global_zero:
-            try:
-                _check_resume(args)
-                held.enter_context(lock(Path(args.out_dir)))
-                state = _start_or_go_on(args, shards)
-            except InputError as error:
-                refusal = str(error)
-        state, refusal = fabric.broadcast((state, refusal))
-        if refusal:
-            raise InputError(refusal)
-        yield state
+
+        def start() -> Path | None:
+            _check_resume(args)
+            held.enter_context(lock(Path(args.out_dir)))
+            return _start_or_go_on(args, shards, fabric.device)
+
+        yield on_first(fabric, start)
 
 
-def _start_or_go_on(args: TrainArgs, shards: Shards) -> Path | None:
+def _surroundings(device: torch.device) -> dict:
+    """What a result's last bits hang on beside the arguments."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "hardware": hardware,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "lit_sft": __version__,
+    }
+
+
+def _start_or_go_on(args: TrainArgs, shards: Shards, device: torch.device) -> Path | None:
     out_dir = Path(args.out_dir)
     path, inputs_path = out_dir / RUN_ARGUMENTS, out_dir / RUN_INPUTS
     arguments = {k: v for k, v in asdict(args).items() if k != "debug"}
     inputs = {
         "base_fingerprint": base_fingerprint(Path(args.checkpoint_dir)),
         "data_fingerprint": "+".join(fact["sha256"] for _, fact in sorted(shards.manifest.files.items())),
+        **_surroundings(device),
     }
     epochs = args.max_steps / math.ceil(len(shards) / args.global_batch_size)
     print(f"{args.checkpoint_dir} + {args.data_dir} → {out_dir}, {args.precision}")
@@ -159,48 +188,97 @@ def _recorded(out_dir: Path) -> dict:
     try:
         arguments = yaml.safe_load((out_dir / RUN_ARGUMENTS).read_text())
         return arguments | json.loads((out_dir / RUN_INPUTS).read_text())
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
         raise InputError(f"{out_dir} does not say what its run was started with ({why}); name another") from None
 
 
 def _compare(before: dict, now: dict, out_dir: Path) -> None:
-    moved = [f"{k} {now[k]} instead of {before.get(k)}" for k in PLACES if before.get(k) != now[k]]
+    moved = [f"{k} {now[k]} instead of {before[k]}" for k in PLACES if before.get(k, now[k]) != now[k]]
     if moved:
         print(f"going on with {', '.join(moved)}: the same computation, equal to rounding")
     changed = [k for k in now if k not in FREE and before.get(k) != now[k]]
     if changed:
-        differences = ", ".join(f"{k}: {before.get(k)!r} then, {now[k]!r} now" for k in changed)
+        differences = ", ".join(_difference(k, before.get(k), now[k]) for k in changed)
         raise InputError(
             f"{out_dir} holds an unfinished run that computes something else ({differences}); "
             "give it the same arguments, or name another --out_dir"
         )
 
 
-def saver(
-    fabric: Fabric,
-    args: TrainArgs,
-    weights_name: str,
-    trained: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    extra: dict[str, str],
-) -> Callable[[int], Path]:
-    """The loop's ``save``: writes the state after a step, prunes old ones, and has the other processes wait."""
-
-    def save(step: int) -> Path:
-        out_dir = Path(args.out_dir)
-        if fabric.is_global_zero:
-            save_state(out_dir, step, weights_name, trained, optimizer, extra)
-            prune_states(out_dir, args.keep_last)
-        fabric.barrier()
-        return out_dir / STATES_DIR / state_name(step)
-
-    return save
+def _difference(name: str, then: object, now: object) -> str:
+    if name.endswith("_fingerprint"):  # the hashes of files, one behind the other: the first that differs
+        pairs = zip_longest(str(then).split("+"), str(now).split("+"), fillvalue="none")
+        then, now = next((a[:12], b[:12]) for a, b in pairs if a != b)
+    return f"{name}: {then!r} then, {now!r} now"
 
 
-def finish(args: TrainArgs, last: int, result: Path) -> None:
+class Saver:
+    """The loop's ``save``: writes the state after a step on the first process, and deletes old ones."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        args: TrainArgs,
+        weights_name: str,
+        trained: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        extra: dict[str, str],
+    ) -> None:
+        self.fabric, self.args, self.weights_name, self.extra = fabric, args, weights_name, extra
+        self.trained, self.optimizer = trained, optimizer
+        self.best_step: int | None = None
+        self.best_val_loss: float | None = None
+
+    def restore(self, state: Path | None) -> int:
+        """Go on from ``state``, in place; gives the steps done. InputError when the disk has no room for states."""
+        on_first(self.fabric, self._check_room)
+        if state is None:
+            return 0
+        facts = load_state(state, self.weights_name, self.trained, self.optimizer)
+        if facts["scaler"]:  # of fp16's losses and gradients
+            self.fabric.strategy.precision.load_state_dict(facts["scaler"])
+        self.best_step, self.best_val_loss = facts["best_step"], facts["best_val_loss"]
+        return facts["step"]
+
+    def _check_room(self) -> None:
+        needed = 3 * sum(4 * p.numel() for p in self.trained.values())  # each parameter and AdamW's two slots, fp32
+        if (free := shutil.disk_usage(self.args.out_dir).free) < needed:
+            raise InputError(
+                f"{self.args.out_dir} has {free / 1e9:.1f} GB free, a saved state takes {needed / 1e9:.1f} GB; "
+                "make room, or name another --out_dir"
+            )
+
+    def is_best(self, step: int, val_loss: float | None) -> bool:
+        """Whether the state after ``step`` is to be kept for its val loss, the lowest so far."""
+        best = math.inf if self.best_val_loss is None else self.best_val_loss
+        if not self.args.keep_best or val_loss is None or not val_loss < best:
+            return False
+        self.best_step, self.best_val_loss = step, val_loss
+        return True
+
+    def __call__(self, step: int) -> Path:
+        """Save the state after ``step``, whose directory is given; one that is there is this one, and stays."""
+        directory = Path(self.args.out_dir) / STATES_DIR / state_name(step)
+        facts = {"best_step": self.best_step, "best_val_loss": self.best_val_loss}
+        facts["scaler"] = self.fabric.strategy.precision.state_dict()
+
+        def write() -> None:
+            if not directory.exists():
+                out_dir = Path(self.args.out_dir)
+                save_state(out_dir, step, self.weights_name, self.trained, self.optimizer, facts, self.extra)
+                prune_states(out_dir, self.args.keep_last, self.best_step)
+
+        on_first(self.fabric, write)
+        return directory
+
+
+def finish(args: TrainArgs, last: int, result: Path, save: Saver) -> None:
     """Mark the run as done, unless ``max_time`` ended it early, and say what to do with ``result``."""
     if last == args.max_steps:
         write_atomically(Path(args.out_dir) / DONE, f"{last} steps\n")
+    if save.best_step not in (None, last):
+        where = Path(args.out_dir) / STATES_DIR / state_name(save.best_step)
+        print(f"the lowest val loss, {save.best_val_loss:.4f}, was after step {save.best_step}: {where}")
     flag = "adapter_dir" if result.name == ADAPTER_DIR else "checkpoint_dir"
     print(f'saved {result}; try it: python scripts/generate.py --{flag} {result} --prompt "…"')

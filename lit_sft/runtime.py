@@ -6,18 +6,20 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 
 from lit_sft.args import TrainArgs
-from lit_sft.errors import InputError, stops
+from lit_sft.errors import InputError, stops, words
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+T = TypeVar("T")
 BASE_DTYPE = {
     "32-true": torch.float32,
     "64-true": torch.float64,
@@ -87,6 +89,20 @@ def reduce(fabric: Fabric, operation: str, *values: float) -> list[float]:
         return list(values)
     dtype = torch.float32 if fabric.device.type == "mps" else torch.float64
     return fabric.all_reduce(torch.tensor(values, dtype=dtype, device=fabric.device), reduce_op=operation).tolist()
+
+
+def on_first(fabric: Fabric, action: Callable[[], T]) -> T:
+    """What ``action`` gives on the first process, on all; so is its refusal, or the others would wait for ever."""
+    result = refusal = None
+    if fabric.is_global_zero:
+        try:
+            result = action()
+        except (InputError, OSError) as error:
+            refusal = words(error)
+    result, refusal = fabric.broadcast((result, refusal))
+    if refusal:
+        raise InputError(refusal)
+    return result
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,15 +1,46 @@
 """Text → tokens and labels, made together in one pass."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 
 from lit_sft.chat_template import Part
 from lit_sft.errors import InputError
-from lit_sft.prompts import CHAT_TEMPLATE, Message, Sample, render
-from lit_sft.shards import Example
+from lit_sft.prompts import Message, Sample, is_chat_template, render, style_label
+from lit_sft.styles import CHAT_TEMPLATE, PLAIN, PROMPT_STYLES
 from lit_sft.tokenizer import Tokenizer
 
 LONGEST_CONTROL = 100  # characters of a control token's text
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample as the model sees it."""
+
+    input_ids: list[int]
+    labels_mask: list[bool]
+    """Which tokens are to be predicted; never the first, which nothing comes before."""
+    n_prompt: int
+    """Tokens before the first response."""
+
+    @property
+    def n_needed(self) -> int:
+        """Tokens up to the last label: what comes after it teaches nothing."""
+        return n_needed(self.labels_mask)
+
+    def n_kept(self, max_seq_length: int) -> int:
+        """Tokens that a limit leaves: all that fit, else a response cut back to its last label; 0: not even that.
+
+        The first prompt is never cut. What may go when nothing else does follows the last end token.
+        """
+        if self.n_needed <= max_seq_length:
+            return min(len(self.input_ids), max_seq_length)
+        return n_needed(self.labels_mask[:max_seq_length]) if self.n_prompt < max_seq_length else 0
+
+
+def n_needed(labels_mask: list[bool]) -> int:
+    """Tokens up to the last label."""
+    return next((i for i in range(len(labels_mask), 0, -1) if labels_mask[i - 1]), 0)
 
 
 def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, mask_prompt: bool) -> Example:
@@ -46,8 +77,26 @@ def stop_ids(style: str, tokenizer: Tokenizer) -> list[int]:
     return sorted({*tokenizer.stop_ids, end})
 
 
+def default_style(tokenizer: Tokenizer, otherwise: str) -> str:
+    """The style that a checkpoint's files ask for: its own chat template, else the one that its tokenizer is made for.
+
+    A base model's tokenizer may know the control tokens of a style as well; so the checkpoint's configs must also say
+    that the model stops at the style's end token. ``otherwise``: where nothing says anything.
+    """
+    if tokenizer.chat_template:
+        return CHAT_TEMPLATE
+    for name, style in PROMPT_STYLES.items():
+        end = tokenizer.eos_id if style.end == "{eos}" else tokenizer.token_id(style.end)
+        known = all(tokenizer.token_id(mark) is not None for mark in style.marks)
+        if style.marks and known and end in tokenizer.stop_ids:
+            return name
+    return otherwise
+
+
 def _stretches(messages: tuple[Message, ...], style: str, tokenizer: Tokenizer) -> Iterator[tuple[bool, list[int]]]:
     """Prompts and responses in turn: whether it is a response, and its ids."""
+    if messages[0].role == "assistant":  # a text, which no prompt precedes
+        style = PLAIN
     parts = render(messages, style, tokenizer.special_tokens, tokenizer.chat_template)
     before = None
     for response, stretch in groupby(parts, key=lambda part: part.response):
@@ -55,7 +104,7 @@ def _stretches(messages: tuple[Message, ...], style: str, tokenizer: Tokenizer) 
         last = stretch[-1].text
         if response and not tokenizer.has_control(last):
             raise InputError(
-                f"prompt style {style!r} ends a response with {last.strip()!r}, which is no control token "
+                f"prompt style {style_label(style)!r} ends a response with {last.strip()!r}, which is no control token "
                 f"of {tokenizer.checkpoint_dir}: no answer would ever end; name another --prompt_style"
             )
         ids = _encode_first(stretch, tokenizer, style) if before is None else _encode_next(stretch, tokenizer, before)
@@ -65,11 +114,11 @@ def _stretches(messages: tuple[Message, ...], style: str, tokenizer: Tokenizer) 
 
 def _encode_first(parts: list[Part], tokenizer: Tokenizer, style: str) -> list[int]:
     """The ids that a dialogue begins with. A chat template writes its own BOS; a named style gets the model's."""
-    ids = tokenizer.encode("", bos=False if style == CHAT_TEMPLATE else None)
+    ids = tokenizer.encode("", bos=False if is_chat_template(style) else None)
     for i, (text, control) in enumerate(_runs(parts, tokenizer)):
         ids += tokenizer.encode(text, bos=False, control=control, continuation=i > 0)
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:
-        raise InputError(f"prompt style {style!r} begins with two BOS tokens; name another --prompt_style")
+        raise InputError(f"prompt style {style_label(style)!r} begins with two BOS tokens; name another --prompt_style")
     return ids
 
 

@@ -1,35 +1,90 @@
-"""Raw data in: the rows of files and of Hub datasets, each checked and made a sample.
+"""Raw data in: which files or Hub datasets are meant, and their rows, each checked and made a sample."""
 
-The only module that imports ``datasets``; it and pyarrow are imported where they are used, for that takes seconds.
-"""
-
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from lit_sft.args import PrepareArgs, PrepareCSVArgs
 from lit_sft.errors import InputError
-from lit_sft.prompts import Sample
-from lit_sft.readers import READERS, file_rows, numbered
-from lit_sft.rows import FLAGS, Columns, Malformed, Row, listed, recognise, turns_of
+from lit_sft.hub_datasets import HubDataset, hub_rows
+from lit_sft.prompts import Sample, with_system
+from lit_sft.readers import file_rows
+from lit_sft.rows import FLAGS, Columns, Malformed, Row, format_of, listed, recognise, turns_of
 
 HEAD = 1000
 """The first rows, whose keys are the columns: JSON has no header, and its objects may leave keys out."""
-PARQUET_BRANCH = "refs/convert/parquet"
-"""Where the Hub itself keeps datasets converted to Parquet."""
+SHOWN = 10
+"""Problems told in full; the rest are counted."""
+IN_LINE = 3
+"""Problems that the one line of a refusal names; if there are more, lines before it tell them."""
+DATA = Path("data")
+"""Where fetched files are kept."""
 
 
 @dataclass(frozen=True)
-class HubDataset:
-    """A split of a dataset on the Hub; ``token`` None: the environment's."""
+class Reshaped:
+    """A source whose rows a function makes others, such as dialogues of single messages."""
 
-    repo_id: str
-    config: str | None = None
-    split: str = "train"
-    token: str | None = None
+    source: Path | HubDataset
+    reshape: Callable[[Iterator[Row]], Iterator[Row]]
+
+    @property
+    def name(self) -> str:
+        """What rows are said to be of."""
+        return self.source.name
+
+    def __str__(self) -> str:
+        """In full, where two have one name."""
+        return str(self.source)
+
+
+Source = Path | HubDataset | Reshaped
+
+
+def chosen_sources(args: PrepareArgs) -> tuple[Path | HubDataset, Path | HubDataset | None]:
+    """The data that the flags name, and those that are their val split as given, or None: it is to be drawn.
+
+    A file given as an address is fetched. InputError: it cannot be, or no data are named.
+    """
+    given = args.data_file or args.data_file_url
+    val = _local(args.val_file) if args.val_file else None
+    if given is None:
+        if args.data_repo_id is None:
+            raise InputError(
+                "--csv_path is missing; name the data to prepare: a file or an address (--data_file is the same flag), "
+                "or a dataset on the Hub with --data_repo_id"
+            )
+        hub = HubDataset(args.data_repo_id, args.data_config, args.data_split, args.access_token)
+        splits = args.data_val_split is not None and val is None
+        return hub, replace(hub, split=args.data_val_split) if splits else val
+    source = _local(given, args.data_file_name)
+    if (source / "dataset_dict.json").is_file():  # saved to disk with its splits
+        splits = args.data_val_split is not None and val is None and (source / args.data_val_split).is_dir()
+        source, val = source / args.data_split, source / args.data_val_split if splits else val
+    return source, val
+
+
+def given_columns(args: PrepareCSVArgs) -> Columns:
+    """The columns that flags name."""
+    return Columns(**{f.name: getattr(args, f"{f.name}_column") for f in fields(Columns)})
+
+
+def _local(given: str, name: str | None = None) -> Path:
+    """The file that is ``given``; an address is fetched into data/, as ``name`` or by its own."""
+    if "://" not in given:
+        return Path(given)
+    from lit_sft.hub import fetch_url  # here, as the Hub's library is slow to import
+
+    return fetch_url(given, DATA / Path(name or given.partition("?")[0].rstrip("/")).name)
+
+
+def rows_of(source: Source) -> Iterator[Row]:
+    """The rows of a source, one after the other."""
+    if isinstance(source, Reshaped):
+        return source.reshape(rows_of(source.source))
+    return file_rows(source) if isinstance(source, Path) else hub_rows(source)
 
 
 @dataclass(frozen=True)
@@ -38,9 +93,87 @@ class Problem:
 
     place: str
     why: str
+    cells: Any = None
+    """The row as read, where it could be read."""
 
     def __str__(self) -> str:
         return f"{self.place}: {self.why}"
+
+
+class SampleStream:
+    """The rows of a source in its order, one by one: each gives a sample or a problem. Memory does not grow with it.
+
+    Attributes:
+        name: the file's name, or that of the Hub dataset and its split; a sample's place begins with it.
+        seen: the columns met so far, as the keys of a dict, in the order in which they came.
+        columns: which of them are read as what; known from the first item on, as is ``format``, for the user.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        columns: Columns = Columns(),  # noqa: B008 (it is frozen)
+        multiturn: bool = True,
+        system_prompt: str | None = None,
+    ) -> None:
+        """``multiturn`` False keeps only the first exchange of a dialogue. Nothing is read yet."""
+        self.source, self.wanted, self.multiturn, self.system_prompt = source, columns, multiturn, system_prompt
+        self.name = source.name
+        self.seen: dict[str, None] = {}
+        self.columns = columns
+        self.format = ""
+
+    def __iter__(self) -> Iterator[Sample | Problem]:
+        """Read and check from the first row; row n of a file, counted from 1, is the n-th item.
+
+        Raises InputError, on one line, when the source cannot be read, holds no rows or has no columns of a known kind;
+        malformed rows before that are named with it.
+        """
+        problems, count = [], 0
+        try:
+            for item in self._items():
+                if isinstance(item, Problem):
+                    count += 1
+                    problems += [item] if count <= SHOWN else []
+                yield item
+        except InputError as error:
+            if not count:
+                raise
+            told = f"{error}; malformed before that: {_in_line(problems, count)}"
+            raise InputError(told, [*_in_full(problems, count), str(error)]) from None
+
+    def _items(self) -> Iterator[Sample | Problem]:
+        rows = rows_of(self.source)
+        head, broken = [], None
+        try:
+            head.extend(islice(rows, HEAD))  # which keeps what came before an error
+        except InputError as error:
+            broken = error
+        if not head:
+            raise broken or InputError(f"{self.name} holds no rows; name a file or split that does")
+        self.seen = {key: None for row in head if isinstance(row.cells, dict) for key in row.cells}
+        self.columns = _recognise(self.name, self.seen, self.wanted, self.wanted) if self.seen else self.wanted
+        cells = (row.cells for row in head if isinstance(row.cells, dict))
+        self.format = format_of(self.columns, next(cells, None))
+        for row in chain(head, rows):
+            place = f"{self.name} row {row.number}"
+            if isinstance(row.cells, dict) and not row.cells.keys() <= self.seen.keys():
+                self.seen |= dict.fromkeys(row.cells)
+                self.columns = _recognise(place, self.seen, self.wanted, self.columns)
+            try:
+                if isinstance(row.cells, Malformed):
+                    raise row.cells
+                turns = turns_of(row.cells, self.columns, self.multiturn)
+                yield Sample(with_system(turns, self.system_prompt), place, row.number)
+            except Malformed as error:
+                cells = None if isinstance(row.cells, Malformed) else row.cells
+                yield Problem(place, f"{error}{f' (line {row.line})' if row.line else ''}", cells)
+        if broken is not None:
+            raise broken
+
+    def __str__(self) -> str:
+        unused = [column for column in self.seen if column not in self.columns.given().values()]
+        return f"{self.format}: {self.columns}" + (f"; not read: {listed(unused)}" if unused else "")
 
 
 class Samples(NamedTuple):
@@ -52,38 +185,42 @@ class Samples(NamedTuple):
 
 
 def read_samples(
-    source: Path | HubDataset,
+    source: Source,
     columns: Columns = Columns(),  # noqa: B008 (it is frozen)
     on_error: Literal["fail", "skip"] = "fail",
     multiturn: bool = True,
+    system_prompt: str | None = None,
 ) -> Samples:
-    """Read and check every row of ``source``; ``multiturn`` False keeps only the first exchange of a dialogue.
+    """Read and check every row of ``source`` into memory.
 
-    Raises InputError, on one line, when the source cannot be read, its columns are not recognised or no sample is left;
-    with ``on_error`` "fail" also when a row is malformed.
+    Raises InputError as a SampleStream does, and when no sample is left or, with ``on_error`` "fail", a row is
+    malformed.
     """
-    local = isinstance(source, Path)
-    name = source.name if local else f"{source.repo_id.rpartition('/')[2]} {source.split}"
-    rows = file_rows(source) if local else _hub_rows(source)
-    head = list(islice(rows, HEAD))
-    seen: dict[str, None] = {key: None for row in head if isinstance(row.cells, dict) for key in row.cells}
-    found = _recognise(name, seen, columns, columns) if seen else columns
+    stream = SampleStream(source, columns, multiturn, system_prompt)
     samples, problems = [], []
-    for row in chain(head, rows):
-        place = f"{name} row {row.number}"
-        if isinstance(row.cells, dict) and not row.cells.keys() <= seen.keys():
-            seen |= dict.fromkeys(row.cells)
-            found = _recognise(place, seen, columns, found)
-        try:
-            if isinstance(row.cells, Malformed):
-                raise row.cells
-            samples.append(Sample(turns_of(row.cells, found, multiturn), place))
-        except Malformed as error:
-            problems.append(Problem(place, f"{error}{f' (line {row.line})' if row.line else ''}"))
+    for item in stream:
+        (samples if isinstance(item, Sample) else problems).append(item)
     if not samples or (problems and on_error == "fail"):
-        raise _refusal(name, problems, bool(samples), seen)
-    unused = [column for column in seen if column not in found.given().values()]
-    return Samples(samples, problems, f"{found}" + (f"; not read: {listed(unused)}" if unused else ""))
+        raise refusal(problems[:SHOWN], len(problems), bool(samples), stream.seen)
+    return Samples(samples, problems, str(stream))
+
+
+def refusal(problems: list[Problem], count: int, usable: bool, seen: Iterable[str]) -> InputError:
+    """What to say of malformed rows: ``problems`` are the first of ``count`` in all."""
+    advice = "--on_error skip leaves such rows out" if usable else "not one row is usable"
+    told = f"{_in_line(problems, count)}; columns: {listed(seen)}; {advice}"
+    return InputError(told, _in_full(problems, count))
+
+
+def _in_line(problems: list[Problem], count: int) -> str:
+    more = f"; and {count - IN_LINE} more" if count > IN_LINE else ""
+    return "; ".join(map(str, problems[:IN_LINE])) + more
+
+
+def _in_full(problems: list[Problem], count: int) -> list[str]:
+    """Lines for what one line cannot hold."""
+    rest = [f"… and {count - SHOWN} more"] if count > SHOWN else []
+    return [*map(str, problems[:SHOWN]), *rest] if count > IN_LINE else []
 
 
 def _recognise(place: str, seen: Iterable[str], wanted: Columns, before: Columns) -> Columns:
@@ -96,90 +233,3 @@ def _recognise(place: str, seen: Iterable[str], wanted: Columns, before: Columns
         differ = f"{place} would be read as {found}, those before it as {before}"
         raise InputError(f"{differ}; columns: {listed(seen)}; name yours with {FLAGS}")
     return found
-
-
-def _refusal(name: str, problems: list[Problem], usable: bool, seen: list[str]) -> InputError:
-    if not problems:
-        return InputError(f"{name} holds no rows; name a file or split that does")
-    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-    advice = "--on_error skip leaves such rows out" if usable else "not one row is usable"
-    return InputError(f"{'; '.join(map(str, problems[:3]))}{more}; columns: {listed(seen)}; {advice}")
-
-
-def _hub_rows(source: HubDataset) -> Iterator[Row]:
-    """The rows of a Hub dataset; InputError says why there are none. No code of the repository is ever run."""
-    from datasets import load_dataset
-
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source.repo_id):
-        raise InputError(
-            f"--data_repo_id {source.repo_id!r} is not of the form ORG/NAME; --data_file names a local file"
-        )
-    try:
-        yield from numbered(load_dataset(source.repo_id, source.config, split=source.split, token=source.token))
-        return
-    except Exception as error:  # whatever the network, the Hub and the repository's files come up with
-        if "scripts are no longer supported" not in str(error):
-            raise _explained(source, error) from error
-    yield from numbered(row.cells for file in _files_beside_script(source) for row in file_rows(file))
-
-
-def _files_beside_script(source: HubDataset) -> list[Path]:
-    """Download the split of a repository with a loading script, as GAIR/lima: the Hub's conversion, else its files."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RevisionNotFoundError
-
-    api, names = HfApi(token=source.token), []
-    try:
-        for revision in (PARQUET_BRANCH, "main"):
-            try:
-                names = api.list_repo_files(source.repo_id, repo_type="dataset", revision=revision)
-            except RevisionNotFoundError:
-                continue
-            if chosen := _of_split(source, names):
-                download = partial(api.hf_hub_download, source.repo_id, repo_type="dataset", revision=revision)
-                return [Path(download(name)) for name in chosen]
-    except InputError:
-        raise
-    except Exception as error:
-        raise _explained(source, error) from error
-    where = f"{source.repo_id} has a loading script, which is never run, and no file of the split {source.split!r}"
-    raise InputError(f"{where}; it holds {listed(names)}; download what you need and give it as --data_file")
-
-
-def _of_split(source: HubDataset, names: list[str]) -> list[str]:
-    """The files whose names say they are the split's: train.jsonl, data/train-00000.parquet, train/0000.parquet."""
-    pattern = re.compile(rf"(.*/)?{re.escape(source.split)}([-_./].*)?")
-    chosen = [n for n in names if Path(n).suffix in READERS and pattern.fullmatch(n)]
-    if source.config is not None:
-        chosen = [n for n in chosen if source.config in Path(n).parts]
-    groups = {(Path(n).parent, Path(n).suffix) for n in chosen}
-    if len(groups) > 1:
-        raise InputError(f"{source.repo_id} {source.split} may be any of {listed(chosen)}; choose with --data_config")
-    return sorted(chosen)
-
-
-def _explained(source: HubDataset, error: Exception) -> InputError:
-    """What went wrong on the Hub and what to do about it, on one line."""
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
-
-    text = " ".join(str(error).split()).partition(" For more information check: ")[0]
-    page = f"https://huggingface.co/datasets/{source.repo_id}"
-    if isinstance(error, GatedRepoError) or "is a gated dataset on the Hub" in text:
-        return InputError(
-            f"{source.repo_id} is gated: accept its licence at {page}, then give --access_token or set HF_TOKEN"
-        )
-    if isinstance(error, DatasetNotFoundError | RepositoryNotFoundError):
-        return InputError(
-            f"{page} does not exist, or is private: check the name, or give --access_token or set HF_TOKEN"
-        )
-    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-        return InputError(
-            f"{source.repo_id}: the Hub refuses the token ({text}); give another: --access_token or HF_TOKEN"
-        )
-    if isinstance(error, ConnectionError | HTTPError):
-        return InputError(
-            f"{source.repo_id}: the Hub cannot be reached ({text}); run the command again, or give --data_file"
-        )
-    cause = " ".join(str(error.__cause__ or "").split())
-    return InputError(f"{source.repo_id} {source.split} cannot be read: {text}{f' ({cause})' if cause else ''}")

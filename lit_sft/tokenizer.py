@@ -3,8 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import sentencepiece
@@ -13,8 +13,13 @@ import tokenizers
 from lit_sft.errors import InputError
 from lit_sft.layout import resolve_checkpoint_dir
 from lit_sft.tokenizer_config import Added, TokenizerConfig
+from lit_sft.word_cache import WordCache
 
-LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
+# classes of transformers that add BOS unless told not to
+BOS_CLASSES = tuple(f"{name}Tokenizer{fast}" for name in ("Llama", "CodeLlama", "Gemma") for fast in ("", "Fast"))
+ANY_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")  # which say nothing of it
+
+Encode = Callable[[str, bool], list[int]]
 
 
 class Tokenizer:
@@ -38,13 +43,16 @@ class Tokenizer:
             self._file = (_SentencePiece if path.suffix == ".model" else _TokenizersFile)(raw, config)
         except Exception as error:  # tokenizers raises bare Exceptions
             raise InputError(f"{path} cannot be read ({error}); download it again") from None
-        self._control_ids = frozenset(self._file.control.values())
+        self._control_texts = {i: text for text, i in self._file.control.items()}
+        self._control_ids = frozenset(self._control_texts)
         self.vocab_size: int = max(self._file.size, 1 + max(self._control_ids, default=-1))
         texts = self._file.special_tokens | config.names
         self.special_tokens: dict[str, str] = {name: text for name, text in texts.items() if text is not None}
         self.bos_id, self.eos_id = (self._find(name, config) for name in ("bos_token", "eos_token"))
-        is_llama = config.tokenizer_class in LLAMA_CLASSES and not self._file.says_bos
-        policy = is_llama or self._file.first_id == self.bos_id
+        if self.bos_id is None and self._file.template_bos is not None:
+            self.bos_id = self._file.template_bos
+        by_class = config.tokenizer_class in BOS_CLASSES and not self._file.says_bos
+        policy = by_class or self._file.first_id == self.bos_id
         self.adds_bos: bool = self.bos_id is not None and (policy if config.add_bos is None else config.add_bos)
         stops = {self.eos_id, *config.ids["eos_token"]}
         self.stop_ids: frozenset[int] = frozenset(i for i in stops if i is not None and 0 <= i < self.vocab_size)
@@ -72,7 +80,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"character {error.start} of a text is half a surrogate pair; correct the text") from None
-        ids = self._file.encode(text, True, continuation) if control else self._encode_text(text, continuation)
+        ids = self._file.encode(text, control, continuation)
         if bos is None:
             bos = self.adds_bos and not continuation and ids[:1] != [self.bos_id]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
@@ -103,9 +111,20 @@ class Tokenizer:
         """The id of the control token written ``text``, None when there is none."""
         return self._file.control.get(text)
 
+    def control_text(self, i: int) -> str | None:
+        """How the control token ``i`` is written, None for every other id."""
+        return self._control_texts.get(i)
+
     def has_control(self, text: str) -> bool:
         """Whether a control token is written in ``text``, so that reading it with ``control`` makes a difference."""
         return self._file.pattern.search(text) is not None
+
+    def pieces(self) -> list[tuple[str, float, str]]:
+        """Text, score and kind of each token of a SentencePiece model; none of a tokenizer.json.
+
+        Kinds: normal, unknown, control, user_defined, unused, byte.
+        """
+        return self._file.pieces() if isinstance(self._file, _SentencePiece) else []
 
     def _is_text(self, i: int) -> bool:
         return 0 <= i < self._file.size and i not in self._control_ids
@@ -120,20 +139,13 @@ class Tokenizer:
         self.special_tokens.update((name, text) for text, i in self._file.control.items() if i == found)
         return found
 
-    def _encode_text(self, text: str, continuation: bool) -> list[int]:
-        ids = self._file.encode(text, False, continuation)
-        if self._control_ids.isdisjoint(ids):
-            return ids
-        # unigram models and user-defined pieces find a control token's text unasked: cut it after its first character
-        cuts = [0, *(m.start(m.lastindex) + 1 for m in self._file.pattern.finditer(text)), len(text)]
-        return [i for a, b in pairwise(cuts) for i in self._file.encode(text[a:b], False, continuation or a > 0)]
-
 
 class _SentencePiece:
     """A ``tokenizer.model``, with the tokens that the other files add to it."""
 
     held: frozenset[int] = frozenset()
     says_bos = False
+    template_bos: int | None = None
 
     def __init__(self, raw: bytes, config: TokenizerConfig) -> None:
         model = sentencepiece.SentencePieceProcessor()
@@ -148,29 +160,47 @@ class _SentencePiece:
             raw += _field(1, _field(1, piece.encode()) + bytes([0x18, kind]))
         protos = raw, raw + _field(3, b"\x18\x00")
         self._whole, self._bare = (sentencepiece.SentencePieceProcessor(model_proto=proto) for proto in protos)
+        self._words = WordCache(self._whole, self._bare)
         self.decode, self.size = self._whole.decode, self._whole.vocab_size()
         tokens = [Added(i, p) for i, p in enumerate(pieces) if model.is_control(i) or p in config.special]
         tokens += [t for t in config.added if t.special or (t.special is None and t.id >= size)]
         tokens = [t for t in tokens if t.id != unk_id]
         self.control, self.pattern = {t.text: t.id for t in tokens}, _pattern(tokens)
+        self._unasked = frozenset(self.control.values()), _insides(self.control)
+        self._user_defined = {t.id for t in config.added if t.special is False}
         names = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": unk_id, "pad": model.pad_id()}
         self.special_tokens = {f"{name}_token": pieces[i] for name, i in names.items() if i >= 0}
-        self.first_id = None if config.tokenizer_class else model.bos_id()  # the file has no policy: Llama's
+        # the file itself has no policy: Llama's, unless a class is named that has another
+        self.first_id = model.bos_id() if config.tokenizer_class in ANY_CLASSES else None
 
     def encode(self, text: str, control: bool, continuation: bool) -> list[int]:
         """Each stretch between control tokens on its own, as Meta's reference does."""
         ids, start = [], 0
         for match in self.pattern.finditer(text) if control else ():
-            ids += self._stretch(text[start : match.start()], continuation and not start)
+            ids += _as_text(self._stretch, text[start : match.start()], continuation and not start, *self._unasked)
             ids.append(self.control[match[match.lastindex]])
             start = match.end()
-        return ids + self._stretch(text[start:], continuation and not start)
+        return ids + _as_text(self._stretch, text[start:], continuation and not start, *self._unasked)
 
     def _stretch(self, text: str, continuation: bool) -> list[int]:
         spaces = text[: len(text) - len(text.lstrip())]
         # where the model removes leading spaces, the dummy prefix is what keeps the one before a word
         eaten = spaces and self._bare.encode(spaces + "a") == self._bare.encode("a")
-        return (self._bare if continuation and not eaten else self._whole).encode(text)
+        return self._words.encode(text, bool(continuation and not eaten))
+
+    def pieces(self) -> list[tuple[str, float, str]]:
+        model, names = self._whole, {i: text for text, i in self.control.items()}
+        kinds = {"unknown": model.is_unknown, "byte": model.is_byte, "unused": model.is_unused}
+        kinds = {"control": names.__contains__, "user_defined": self._user_defined.__contains__} | kinds
+        kinds["normal"] = lambda i: True
+        return [
+            (
+                names.get(i, model.id_to_piece(i)),
+                model.get_score(i),
+                next(kind for kind, test in kinds.items() if test(i)),
+            )
+            for i in range(self.size)
+        ]
 
     def id(self, text: str) -> int | None:
         i = self.control.get(text, self._whole.piece_to_id(text))
@@ -181,40 +211,57 @@ class _TokenizersFile:
     """A ``tokenizer.json``."""
 
     def __init__(self, raw: bytes, config: TokenizerConfig) -> None:
-        document = json.loads(raw)
-        document |= {"truncation": None, "padding": None}  # left over from someone's run; they would cut texts
-        for token in document.get("added_tokens") or ():
+        document, model = {"added_tokens": []} | json.loads(raw), tokenizers.Tokenizer.from_buffer(raw).model
+        said = document["model"]
+        for token in document["added_tokens"]:
             token["special"] = token["special"] or token["content"] in config.special
+        # the rules without the model, which takes time to read, and without what would cut texts, left by someone's run
+        document |= {"model": {"type": "BPE", "vocab": {}, "merges": []}, "truncation": None, "padding": None}
         bare = document | {key: _without_prefix(document.get(key)) for key in ("normalizer", "pre_tokenizer")}
         # an instance for each use: to set one before each call is not safe among threads
-        self._whole, self._text = _instance(document, control=True), _instance(document, control=False)
-        self._bare = self._text if bare == document else _instance(bare, control=False)
-        vocabulary = self._whole.get_vocab(with_added_tokens=True)
-        self.size = 1 + max(vocabulary.values(), default=-1)
-        falls_back = "ByteFallback" in json.dumps(document.get("decoder"))
-        self.held = frozenset(i for text, i in vocabulary.items() if falls_back and re.fullmatch("<0x..>", text))
+        self._whole, self._text = (_instance(document, model, control) for control in (True, False))
+        self._bare = self._text if bare == document else _instance(bare, model, control=False)
         known = self._whole.get_added_tokens_decoder().items()
+        ids = said["vocab"].values() if isinstance(said["vocab"], dict) else range(len(said["vocab"]))
+        self.size = 1 + max((*ids, *(i for i, _ in known)), default=-1)
+        falls_back = "ByteFallback" in json.dumps(document.get("decoder"))
+        self.held = frozenset(self._whole.token_to_id(f"<0x{i:02X}>") for i in range(256 * falls_back)) - {None}
         tokens = [Added(i, t.content, True, t.lstrip, t.rstrip) for i, t in known if t.special]
         self.control, self.pattern = {t.text: t.id for t in tokens}, _pattern(tokens)
+        unknown = said.get("unk_id") if "unk_id" in said else self._whole.token_to_id(said.get("unk_token") or "")
+        self._unasked = frozenset(self.control.values()) - {unknown}, _insides(self.control)
         self.special_tokens: dict[str, str] = {}
         self.id = self._whole.token_to_id
         self.first_id = next(iter(self._whole.encode("a").ids), None)  # not "", to which some add EOS
+        # BOS, whether or not another file has its name
+        self.template_bos = self.first_id if self.first_id in self.control.values() else None
         # transformers 5 saves its BOS policy nowhere but here
         self.says_bos = "TemplateProcessing" in json.dumps(document.get("post_processor"))
 
     def encode(self, text: str, control: bool, continuation: bool) -> list[int]:
         """As tokenizers does; what goes on without a prefix ends at the first control token."""
-        match = self.pattern.search(text) if control else None
+        if not control:
+            return _as_text(self._plain, text, continuation, *self._unasked)
+        match = self.pattern.search(text)
         head = 0 if not continuation or self._bare is self._text else match.start() if match else len(text)
         ids = self._bare.encode(text[:head], add_special_tokens=False).ids if head else []
-        return ids + (self._whole if control else self._text).encode(text[head:], add_special_tokens=False).ids
+        return ids + self._whole.encode(text[head:], add_special_tokens=False).ids
+
+    def _plain(self, text: str, continuation: bool) -> list[int]:
+        return (self._bare if continuation else self._text).encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         return self._whole.decode(ids, skip_special_tokens=False)
 
 
-def _instance(document: dict, control: bool) -> tokenizers.Tokenizer:
-    instance = tokenizers.Tokenizer.from_str(json.dumps(document))
+def _instance(document: dict, model: tokenizers.models.Model, control: bool) -> tokenizers.Tokenizer:
+    """A tokenizer of its own with a model that others use too."""
+    instance = tokenizers.Tokenizer.from_str(json.dumps(document | {"added_tokens": []}))
+    instance.model = model
+    for token in document["added_tokens"]:
+        flags = {key: token[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in token}
+        add = instance.add_special_tokens if token["special"] else instance.add_tokens
+        add([tokenizers.AddedToken(token["content"], **flags)])
     instance.encode_special_tokens = not control
     return instance
 
@@ -238,5 +285,30 @@ def _field(number: int, value: bytes) -> bytes:
 def _pattern(tokens: list[Added]) -> re.Pattern:
     """Finds the texts, the longest first, each in the group ``lastindex``, with the spaces that they take in."""
     tokens, spaces = sorted(tokens, key=lambda t: -len(t.text)), r"\s*"
-    texts = (f"{spaces * t.lstrip}({re.escape(t.text)}){spaces * t.rstrip}" for t in tokens)
+    # neighbours of a kind in one group: a pattern that is one group of texts is searched for by their first characters
+    kinds = groupby(tokens, key=lambda t: (t.lstrip, t.rstrip))
+    texts = (
+        f"{spaces * lstrip}({'|'.join(re.escape(t.text) for t in run)}){spaces * rstrip}"
+        for (lstrip, rstrip), run in kinds
+    )
     return re.compile("|".join(texts) or "(?!)")  # which never matches
+
+
+def _insides(texts: Iterable[str]) -> re.Pattern:
+    """Finds the places behind the first character of the texts, in which a sentencepiece may stand for a space."""
+    cores = (text.strip("▁ ") for text in texts)
+    places = (rf"(?<={re.escape(c[0])})(?={re.escape(c[1:]).replace('▁', '[▁ ]')})" for c in cores if c[1:])
+    return re.compile("|".join(places) or "(?!)")
+
+
+def _as_text(encode: Encode, text: str, continuation: bool, unwanted: frozenset[int], insides: re.Pattern) -> list[int]:
+    """``encode(text, continuation)``, cut where the library finds a control token unasked: unigram models do."""
+    ids = encode(text, continuation)
+    if unwanted.isdisjoint(ids):
+        return ids
+    ids = []
+    for a, b in pairwise([0, *(m.start() for m in insides.finditer(text)), len(text)]):
+        piece = encode(text[a:b], continuation or a > 0)
+        found = not unwanted.isdisjoint(piece)  # in other letters, which the normalizer makes the token's
+        ids += [i for k in range(a, b) for i in encode(text[k], continuation or k > 0)] if found else piece
+    return ids

@@ -46,6 +46,7 @@ class TokenizerConfig:
         models = [_read_json(directory / name) for name in ("generation_config.json", HF_CONFIG)]
         try:
             added = {i: Added(i, text) for text, i in _read_json(directory / "added_tokens.json").items()}
+            added |= {t["id"]: _added(t["id"], t) for t in _of_the_other_file(directory)}
             added |= {int(i): _added(int(i), t) for i, t in (settings.get("added_tokens_decoder") or {}).items()}
             if wrong := [t for t in added.values() if type(t.id) is not int or not 0 <= t.id < MOST_IDS]:
                 raise ValueError(f"{wrong[0].text!r} has the id {wrong[0].id!r}")
@@ -81,6 +82,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def _of_the_other_file(directory: Path) -> list[dict[str, Any]]:
+    """The added tokens of a tokenizer.json beside a tokenizer.model: transformers 5 writes them nowhere else."""
+    both = (directory / "tokenizer.model").is_file() and (directory / "tokenizer.json").is_file()
+    return (_read_json(directory / "tokenizer.json").get("added_tokens") or []) if both else []
+
+
 def _is_name(value: object) -> bool:
     return value is None or isinstance(value, str | dict)  # add_bos_token and its like are not
 
@@ -111,7 +118,7 @@ def _chat_template(directory: Path, value: str | list[dict[str, str]] | None) ->
     if path.is_file():
         return path.read_text(encoding="utf-8")
     if isinstance(value, list):
-        return {template["name"]: template["template"] for template in value}.get("default")
+        value = {template["name"]: template["template"] for template in value}.get("default")
     if not isinstance(value, str | None):
         raise TypeError(f"chat_template is a {type(value).__name__}")
     return value

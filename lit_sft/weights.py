@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_sft.atomic import Manifest, replacing, write_atomically
+from lit_sft.atomic import Manifest, replacing, sha256_of, write_atomically
 from lit_sft.config import ModelConfig
-from lit_sft.layout import MODEL_CONFIG, MODEL_INDEX, MODEL_WEIGHTS
+from lit_sft.layout import MODEL_CONFIG, MODEL_WEIGHTS
 
 CHECKPOINT = "checkpoint"
 SHARD_BYTES = 5 * 10**9
@@ -32,24 +32,29 @@ class Weight:
 
 def write_checkpoint(directory: Path, config: ModelConfig, weights: list[Weight], facts: dict) -> None:
     """Write weights (in shards past 5 GB), config and, last, the manifest of a checkpoint_dir."""
-    files = plan_shards(weights)
+    hashes = write_shards(directory, MODEL_WEIGHTS, weights)
+    write_atomically(directory / MODEL_CONFIG, config.to_json())
+    recorded = [*hashes, MODEL_CONFIG]
+    Manifest(CHECKPOINT, facts).write(directory, recorded, hashes)
+
+
+def write_shards(directory: Path, name: str, weights: list[Weight]) -> dict[str, str]:
+    """Write safetensors: one file called ``name``, or past 5 GB several and their index; gives name → sha256."""
+    files = plan_shards(name, weights)
     hashes = {}
     total = sum(_n_bytes(w) for w in weights)
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as progress:
-        for name, part in files.items():
-            hashes[name] = write_safetensors(directory / name, part, progress.update)
+        for file, part in files.items():
+            hashes[file] = write_safetensors(directory / file, part, progress.update)
     if len(files) > 1:
-        weight_map = {w.name: name for name, part in files.items() for w in part}
+        weight_map = {w.name: file for file, part in files.items() for w in part}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_atomically(directory / MODEL_INDEX, json.dumps(index, indent=2) + "\n")
-    write_atomically(directory / MODEL_CONFIG, config.to_json())
-    recorded = [*files, MODEL_CONFIG, *([MODEL_INDEX] if len(files) > 1 else [])]
-    Manifest(CHECKPOINT, facts).write(directory, recorded, hashes)
-    for leftover in set(directory.glob("lit_model*")) - {directory / name for name in recorded}:
-        leftover.unlink()  # of an earlier conversion with other shards
+        write_atomically(directory / f"{name}.index.json", json.dumps(index, indent=2) + "\n")
+        hashes[f"{name}.index.json"] = sha256_of(directory / f"{name}.index.json")
+    return hashes
 
 
-def plan_shards(weights: list[Weight]) -> dict[str, list[Weight]]:
+def plan_shards(name: str, weights: list[Weight]) -> dict[str, list[Weight]]:
     """File name → its tensors, in order, each file at most 5 GB (or one tensor)."""
     parts: list[list[Weight]] = [[]]
     for weight in weights:
@@ -57,8 +62,8 @@ def plan_shards(weights: list[Weight]) -> dict[str, list[Weight]]:
             parts.append([])
         parts[-1].append(weight)
     if len(parts) == 1:
-        return {MODEL_WEIGHTS: parts[0]}
-    stem = MODEL_WEIGHTS.removesuffix(".safetensors")
+        return {name: parts[0]}
+    stem = name.removesuffix(".safetensors")
     return {f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
 
 

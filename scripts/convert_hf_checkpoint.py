@@ -9,9 +9,14 @@ from lit_sft.cli import run
 
 def main(args: ConvertArgs) -> None:
     """Convert ``args.checkpoint_dir`` in place."""
-    from lit_sft.convert import convert_checkpoint
+    if args.verify:
+        from lit_sft.verify import convert_verified
 
-    convert_checkpoint(args)
+        convert_verified(args)
+    else:
+        from lit_sft.convert import convert_checkpoint
+
+        convert_checkpoint(args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the tests share: tiny random Llama checkpoints as transformers saves them, and a tokenizer of their own."""
 
 import csv
+import datetime
 import io
 import os
 from collections.abc import Callable
@@ -86,3 +87,16 @@ def checkpoint(tmp_path: Path, tokenizer_model: bytes) -> Callable[..., Path]:
         return convert_checkpoint(ConvertArgs(checkpoint_dir=str(directory)))
 
     return make
+
+
+@pytest.fixture
+def day_of_templates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers writes the day of the clock into chat templates; here the one that lit_sft writes."""
+    from transformers.utils import chat_template_utils
+
+    class Day(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+            return datetime.datetime(2024, 7, 26, tzinfo=tz)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Day)

@@ -85,7 +85,9 @@ def test_answers_use_the_style_and_stop_ids_that_the_run_saved(checkpoint: Calla
         "\n\n### Instruction:\nHello\n\n### Response:\n"
     )
     free = list(generate(model.eval(), alpaca, 30, ()))
-    save_adapter(tmp_path / "adapter", model, lora, adapter_facts(base, "alpaca", {free[9]}))
+    save_adapter(
+        tmp_path / "adapter", model, lora, adapter_facts(base, {"prompt_style": "alpaca", "stop_ids": [free[9]]})
+    )
     asked = GenerateArgs(prompt="Hello", adapter_dir=str(tmp_path / "adapter"), temperature=0, max_new_tokens=30)
     assert text_of(asked) == [tokenizer.decode(free[: free.index(free[9])])]
     plain = GenerateArgs(prompt="Hello", checkpoint_dir=str(base), temperature=0, max_new_tokens=30)

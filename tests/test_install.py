@@ -118,3 +118,4 @@ def test_a_real_command_works_through_both_doors(installation: Installation, tmp
     flags = ["--csv_path", sample, "--checkpoint_dir", made, "--destination_path", data]
     assert "train and" in installation.run("python", script, *flags)
     assert (data / "manifest.json").is_file()
+    assert (data / "report.html").is_file()  # its templates are installed too

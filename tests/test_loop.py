@@ -26,7 +26,6 @@ from lit_sft.convert import convert_checkpoint
 from lit_sft.errors import InputError, RunFailed
 from lit_sft.loop import accumulate_gradients, train_step, validate
 from lit_sft.lora import apply_lora, lora_state_dict
-from lit_sft.loss import IGNORE_INDEX
 from lit_sft.optim import build_optimizer, lr_schedule, master_parameters
 from lit_sft.prepare import prepare
 from lit_sft.rows import Columns
@@ -73,7 +72,7 @@ def test_ten_steps_have_the_losses_of_transformers_and_peft(data: tuple[Path, Pa
         total = 0.0
         for ids, mask in examples:
             logits = theirs(ids[None]).logits[0, :-1]
-            labels = ids[1:].where(mask[1:], torch.tensor(IGNORE_INDEX))
+            labels = ids[1:].where(mask[1:], torch.tensor(-100))
             loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / n_labels
             loss.backward()
             total += loss.item()
@@ -159,7 +158,7 @@ def test_validation_is_the_mean_over_every_label_of_the_split(data: tuple[Path, 
     total = n_labels = 0
     shards = Shards(data_dir, "val")
     for ids, mask in (shards[i] for i in range(len(shards))):
-        labels = ids.where(mask, torch.tensor(IGNORE_INDEX))
+        labels = ids.where(mask, torch.tensor(-100))
         n = int(mask.sum())
         with torch.no_grad():
             total, n_labels = total + reference(ids[None], labels=labels[None]).loss.item() * n, n_labels + n
@@ -184,8 +183,41 @@ def test_epochs_visit_every_example_once_and_the_order_follows_from_the_seed(dat
     assert again.examples(9) == steps.examples(9) and again.examples(2) == steps.examples(2)
     assert TrainSteps(shards, lora_args(data[1], Path("out"), seed=1)).examples(1) != steps.examples(1)
     step = steps[steps.per_epoch]
-    assert step.n_labels == sum(int((row.labels != IGNORE_INDEX).sum()) for row in step.rows)
+    assert step.n_labels == sum(row.n_labels for row in step.rows)
     assert step.n_tokens == sum(row.input_ids.numel() for row in step.rows) == int(shards.lengths[step.examples].sum())
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 24, 140, 141, 500])
+def test_an_epoch_is_spread_evenly(data: tuple[Path, Path], batch_size: int) -> None:
+    """141 = 20 · 7 + 1: no step of a single example at the end."""
+    steps = TrainSteps(Shards(data[1], "train"), lora_args(data[1], Path("out"), global_batch_size=batch_size))
+    sizes = [len(steps.examples(k)) for k in range(1, steps.per_epoch + 1)]
+    assert sum(sizes) == 141 and max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("order", ["as_given", "length", "source"])
+def test_an_order_of_the_data_is_that_of_every_epoch(
+    checkpoint: Callable[..., Path], tmp_path: Path, order: str
+) -> None:
+    args = PrepareArgs(checkpoint_dir=str(checkpoint()), destination_path=str(tmp_path / "d"), order=order)
+    prepare(args, ROOT / "demo" / "instructions.csv", "csv", Columns())
+    shards = Shards(tmp_path / "d", "train")
+    steps = TrainSteps(shards, lora_args(tmp_path / "d", tmp_path / "out", seed=5))
+    for epoch in range(2):
+        visited = [i for k in range(1, steps.per_epoch + 1) for i in steps.examples(epoch * steps.per_epoch + k)]
+        assert visited == list(range(141))
+    rows = [int(shards.fact("row", i)) for i in range(141)]
+    assert (rows == sorted(rows)) == (order == "as_given")
+    assert (shards.lengths.diff() >= 0).all() == (order == "length")
+
+
+def test_memory_of_the_order_is_8_bytes_an_example(data: tuple[Path, Path]) -> None:
+    steps = TrainSteps(Shards(data[1], "train"), lora_args(data[1], Path("out")))
+    steps.examples(1)
+    held = [steps.order[1], steps.shards.lengths]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 8 * 141
+    tensors = [v for v in {**vars(steps), **vars(steps.shards)}.values() if isinstance(v, torch.Tensor)]
+    assert all(tensor is steps.shards.lengths for tensor in tensors)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -267,7 +299,7 @@ def test_full_fine_tuning_gives_a_checkpoint_of_its_own(
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     assert {p.dtype for p in model.parameters()} == {dtype}
     fabric = launch(full_args(data_dir, tmp_path, precision=precision))
-    val = validate(fabric, model, ValRows(Shards(data_dir, "val"), 8192))
+    val = validate(fabric, model, ValRows(Shards(data_dir, "val"), 8192, share_prefix=True))
     assert val == pytest.approx(records[-1]["val_loss"], abs=1e-5)
     changed = {n for n, p in model.named_parameters() if not torch.equal(p.float(), load_model(base).get_parameter(n))}
     assert changed == {n for n, _ in model.named_parameters()}
@@ -558,7 +590,9 @@ def test_an_adapter_of_another_base_is_refused(checkpoint: Callable[..., Path], 
 
     base, other = checkpoint("base"), checkpoint("other", seed=1)
     model = filled_adapter(base, LoRAArgs())
-    save_adapter(tmp_path / "adapter", model, LoRAArgs(), adapter_facts(base, "alpaca", {2}))
+    save_adapter(
+        tmp_path / "adapter", model, LoRAArgs(), adapter_facts(base, {"prompt_style": "alpaca", "stop_ids": [2]})
+    )
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(load_model(base, tmp_path / "adapter")(ids), model(ids))

@@ -43,7 +43,7 @@ def to_peft(model: GPT, reference: object, args: LoRAArgs) -> object:
     with torch.no_grad():
         for name, tensor in state.items():
             module, _, matrix = name.rpartition(".")
-            hf = FAMILY.hf_name(f"{module}.weight").removesuffix(".weight")
+            hf = FAMILY.names(model.config).hf_name(f"{module}.weight").removesuffix(".weight")
             theirs[f"base_model.model.{hf}.{matrix}.default.weight"].copy_(tensor)
     return wrapped
 

@@ -18,7 +18,9 @@ IDS = torch.randint(0, 400, (2, 40), generator=torch.Generator().manual_seed(1))
 
 def adapter_of(base: Path, directory: Path, **lora: object) -> Path:
     args = LoRAArgs(**lora)
-    save_adapter(directory, filled_adapter(base, args), args, adapter_facts(base, "hermes", {2}))
+    save_adapter(
+        directory, filled_adapter(base, args), args, adapter_facts(base, {"prompt_style": "hermes", "stop_ids": [2]})
+    )
     return directory
 
 
@@ -74,7 +76,7 @@ def test_a_base_in_bf16_is_merged_in_fp32_and_rounded_once(checkpoint: Callable[
     adapter = adapter_of(base, tmp_path / "adapter")
     out = merge_checkpoint(MergeArgs(lora_path=str(adapter), out_dir=str(tmp_path / "merged")))
     layer = load_model(base, adapter).blocks[0].mlp.up
-    expected = (layer.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()).bfloat16()
+    expected = (layer.base.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()).bfloat16()
     differing = (load_model(out).blocks[0].mlp.up.weight != expected).double().mean().item()
     assert differing < 0.001  # fp32 and fp64 round a handful of ties apart
 

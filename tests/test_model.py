@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lit_sft import GPT, KVCache, ModelConfig
-from lit_sft.attention import packed_attention
+from lit_sft.attention import Layout, Scoring, packed_attention
 
 CONFIGS = {
     "multi-head": {"n_head": 4, "n_query_groups": 4},
@@ -29,7 +29,7 @@ def test_a_packed_row_is_its_examples_one_by_one(name: str) -> None:
     lengths = [7, 1, 12, 7, 30]
     row = ids(1, sum(lengths))
     packed, separate = make_model(**CONFIGS[name]), make_model(**CONFIGS[name])
-    states = packed.hidden_states(row, lengths)
+    states = packed.hidden_states(row, Layout(lengths))
     alone = [separate.hidden_states(part) for part in row.split(lengths, dim=1)]
     assert torch.allclose(states, torch.cat(alone, 1), rtol=1e-12, atol=1e-13)
     weights = torch.randn_like(states)
@@ -44,7 +44,7 @@ def test_a_packed_row_is_its_examples_one_by_one(name: str) -> None:
 
 def test_packing_without_isolation_would_be_seen() -> None:
     model, row = make_model(**CONFIGS["grouped-query"]), ids(1, 20)
-    assert (model.hidden_states(row, [8, 12]) - model.hidden_states(row, [20])).abs().max() > 1e-3
+    assert (model.hidden_states(row, Layout([8, 12])) - model.hidden_states(row, Layout([20]))).abs().max() > 1e-3
 
 
 def test_packed_attention_against_a_plain_masked_softmax() -> None:
@@ -57,7 +57,9 @@ def test_packed_attention_against_a_plain_masked_softmax() -> None:
     wide_key, wide_value = (x.repeat_interleave(H // G, dim=1) for x in (key, value))
     scores = (query @ wide_key.transpose(-1, -2) / D**0.5).masked_fill(~allowed, -torch.inf)
     expected = scores.softmax(-1) @ wide_value
-    assert torch.allclose(packed_attention(query, key, value, lengths), expected, rtol=1e-12, atol=1e-13)
+    assert torch.allclose(
+        packed_attention(query, key, value, Layout(lengths), Scoring(D**-0.5)), expected, rtol=1e-12, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -76,3 +78,28 @@ def test_positions_beyond_block_size_are_computed_not_wrapped() -> None:
     model = make_model(**CONFIGS["multi-head"])
     with torch.no_grad():
         assert model(ids(1, 80)).isfinite().all()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_checkpointed_blocks_have_the_same_gradients(every: int) -> None:
+    """Dropout in adapters and experts included: what is computed again is what was computed."""
+    from lit_sft.args import LoRAArgs
+    from lit_sft.lora import apply_lora, lora_state_dict
+
+    row, gradients, calls = ids(1, 20), [], []
+    for checkpoint_every in (0, every):
+        model = make_model(n_head=4, n_query_groups=2, n_expert=4, n_expert_per_token=2)
+        dropout = apply_lora(model, LoRAArgs(lora_r=3, lora_dropout=0.3), seed=0)
+        for i, (name, p) in enumerate(lora_state_dict(model).items()):
+            if name.endswith("B"):
+                torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(i))
+        dropout.begin_row(1, [5, 6], [12, 8], torch.device("cpu"))
+        model.checkpoint_every, seen = checkpoint_every, []
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        (model.train().hidden_states(row, Layout([12, 8])) ** 3).sum().backward()
+        gradients.append({name: p.grad for name, p in lora_state_dict(model).items()})
+        calls.append(len(seen))
+    assert calls == [3, 3 + len(range(0, 3, every))]
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name

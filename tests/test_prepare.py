@@ -5,7 +5,6 @@ import importlib.util
 import json
 import math
 import os
-import random
 import re
 import subprocess
 import sys
@@ -27,10 +26,9 @@ from lit_sft.args import ConvertArgs
 from lit_sft.cli import run
 from lit_sft.convert import convert_checkpoint
 from lit_sft.errors import InputError
-from lit_sft.prepare import fit_lengths, split, statistics
-from lit_sft.prompts import Sample
 from lit_sft.run import check_shards
-from lit_sft.shards import Example, Shards
+from lit_sft.selection import split_size
+from lit_sft.shards import Shards
 from lit_sft.tokenizer import Tokenizer
 
 SPECIAL = {1: "<s>", 2: "</s>"}
@@ -188,7 +186,7 @@ def test_csv(command, home, sp, flag):
     out = command("prepare_csv", flag, "MyDataset.csv", "--checkpoint_dir", "checkpoints/test/tiny")
     assert marked(sp, home / "data/csv") == RENDERED
     assert "data/csv: 4 train and 1 val examples, prompt style alpaca" in out
-    assert "reading instruction from 'instruction', input from 'input', output from 'output'" in out
+    assert "reading Alpaca's columns: instruction from 'instruction', input from 'input', output from 'output'" in out
 
 
 def test_alpaca(command, home, sp):
@@ -296,7 +294,7 @@ def test_manifest(command, home):
     assert "hf_secret" not in text
     manifest = json.loads(text)
     assert (manifest["kind"], manifest["format_version"]) == ("data", 1)
-    assert set(manifest["files"]) == {"train-00000.pt", "val-00000.pt"}
+    assert set(manifest["files"]) == {"report.html", "train-00000.pt", "val-00000.pt"}
     assert all(re.fullmatch("[0-9a-f]{64}", file["sha256"]) for file in manifest["files"].values())
     found = manifest["facts"]
     examples = stored(home / "data/csv", "*")
@@ -321,15 +319,15 @@ def test_manifest(command, home):
     assert found["arguments"]["data_file"] == "d.csv" and found["arguments"]["seed"] == 42
 
 
-def test_percentiles():
-    draw = random.Random(1)
-    for n in (1, 2, 3, 19, 20, 21, 99, 100, 101, 1000):
-        lengths = [draw.randint(2, 500) for _ in range(n)]
-        examples = [Example([0] * k, [False] + [True] * (k - 1), 1) for k in lengths]
-        found = statistics(examples, examples)["length"]
-        assert found["max"] == max(lengths)
+def test_percentiles(command, home, sp):
+    """The smallest length that at least p % of the examples do not exceed."""
+    for n in (1, 2, 3, 19, 20, 21, 101):
+        write_csv(home / "d.csv", [("Q?", "", "a " * (1 + 7 * i % 50)) for i in range(n)])
+        command("prepare_csv", "--csv_path", "d.csv", "--max_seq_length", 400)
+        lengths = [len(ids) for ids, _ in stored(home / "data/csv", "*")]
+        found = facts(home / "data/csv")["length"]
+        assert len(lengths) == n and found["max"] == max(lengths)
         for p in (50, 95, 99):
-            # the smallest length that at least p % of the examples do not exceed
             assert found[f"p{p}"] == min(k for k in lengths if sum(x <= k for x in lengths) >= math.ceil(p * n / 100))
 
 
@@ -453,13 +451,6 @@ def test_a_prompt_is_never_cut(command, home, lengthy):
     assert all(mask == [False] + [True] * (len(ids) - 1) for ids, mask in stored(home / "data/csv", "*"))
 
 
-def test_what_follows_the_last_end_token_is_no_loss():
-    example = Example([1, 5, 6, 2, 13], [False, False, True, True, False], 2)
-    for rule in ("truncate", "drop", "error"):
-        kept, n_cut = fit_lengths([Sample((), "row 1")], [example], 4, rule, 512)
-        assert (kept, n_cut) == ([Example([1, 5, 6, 2], [False, False, True, True], 2)], 0)
-
-
 # --- the split
 
 
@@ -468,17 +459,7 @@ def test_what_follows_the_last_end_token_is_no_loss():
     [(51_759, 0.03865, 2000), (15_011, 0.1, 1501), (1030, 0.1, 103), (7, 0.1, 1), (2, 0.9, 1), (1, 0.5, 0), (9, 0, 0)],
 )
 def test_sizes_are_litgpts(n, fraction, n_val):
-    train, val = split(range(n), fraction, 42)
-    assert (len(train), len(val)) == (n - n_val, n_val)
-    assert sorted(train + val) == list(range(n))  # disjoint, and all there
-    assert split(range(n), fraction, 42) == (train, val)
-
-
-def test_seed():
-    splits = [set(split(range(1000), 0.1, seed)[1]) for seed in range(5)]
-    assert len({frozenset(val) for val in splits}) == 5
-    assert all(len(a & b) < 40 for i, a in enumerate(splits) for b in splits[:i])  # 10 expected of 100
-    assert 350 < sum(splits[0]) / 100 < 650  # from all over the data
+    assert split_size(n, fraction) == n_val
 
 
 @pytest.mark.parametrize("flag", ["--val_split_fraction", "--test_split_fraction"])
@@ -509,7 +490,7 @@ def test_same_bytes_twice(command, home):
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("bug")])
-@pytest.mark.parametrize("where", ["read_samples", "write_shards", "Manifest"])
+@pytest.mark.parametrize("where", ["fill", "write_shards", "Manifest"])
 def test_an_earlier_result_stays_until_the_new_one_is_whole(command, home, monkeypatch, failure, where):
     write_csv(home / "d.csv")
     command("prepare_csv", "--csv_path", "d.csv")
@@ -640,6 +621,8 @@ def test_every_flag_of_litgpt(command, home):
         (("--on_overflow", "cut"), "on_overflow"),
         (("--checkpoint_dir", "no/where"), "no checkpoint directory 'no/where'"),
         (("--csv_path", "absent.csv"), "error: absent.csv does not exist"),
+        (("--data_repo_id", "me/data"), "error: --data_file and --data_repo_id name different data; give one"),
+        (("--data_file_url", "http://x/d.csv"), "error: --data_file and --data_file_url name different data; give one"),
     ],
 )
 def test_wrong_flags(command, home, flags, fragment):

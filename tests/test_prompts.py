@@ -1,8 +1,10 @@
 """Named styles against texts written out from what was published; chat templates against transformers' rendering."""
 
 import re
+import resource
 import threading
-from datetime import datetime
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import chat_templates
 import jinja2
@@ -14,8 +16,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 import lit_sft.chat_template
 from lit_sft.chat_template import Part
 from lit_sft.errors import InputError
-from lit_sft.prompts import CHAT_TEMPLATE, PROMPT_STYLES, Message, render
+from lit_sft.prompts import Message, render, resolve_style, with_system
+from lit_sft.styles import CHAT_TEMPLATE, PROMPT_STYLES
 
+pytestmark = pytest.mark.usefixtures("day_of_templates")
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
@@ -64,6 +68,17 @@ BELUGA = (
 )
 HERMES = "### Instruction:\nAdd.\n\n### Response:\n"
 PLATYPUS = "### Instruction:\n\nAdd.\n\n### Response:\n"
+LLAMA3_TURN = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>"
+LLAMA3_ANSWER = "<|start_header_id|>assistant<|end_header_id|>\n\n«{}<|eot_id|>»"
+STABLELM = (
+    "<|SYSTEM|># StableLM Tuned (Alpha version)\n"
+    "- StableLM is a helpful and harmless open-source AI language model developed by StabilityAI.\n"
+    "- StableLM is excited to be able to help the user, but will refuse to do anything that could be considered "
+    "harmful to the user.\n"
+    "- StableLM is more than just an information source, StableLM is also able to write poetry, short stories, "
+    "and make jokes.\n"
+    "- StableLM will refuse to participate in anything that could harm a human.\n"
+)
 ONE, CONTEXT = (user("Add."), assistant("3")), (user("Add.", "1 2"), assistant("3"))
 TWO = (*ONE, user("More."), assistant("4"))
 TOLD = (system("Be brief."), *TWO)
@@ -111,6 +126,109 @@ STYLES = {
         "### System:\nBe brief.\n\n### User:\nAdd.\n\n### Assistant:\n«3</s>»"
         "\n\n### User:\nMore.\n\n### Assistant:\n«4</s>»",
     ),
+    "dolly": ("dolly", ONE, ALPACA + "\n«3</s>»"),
+    "dolly, input": (
+        "dolly",
+        CONTEXT,
+        ALPACA.replace("Add.", "Add.\n\nInput:\n1 2") + "\n«3</s>»",
+    ),
+    "dolly, turns": ("dolly", TWO, ALPACA + "\n«3</s>»\n\n### Instruction:\nMore.\n\n### Response:\n«4</s>»"),
+    "flan": ("flan", ONE, ALPACA + "\n«3</s>»"),
+    "flan, input": ("flan", CONTEXT, ALPACA.replace("Add.", "Add.\n\n1 2") + "\n«3</s>»"),
+    "longform": ("longform", ONE, ALPACA_INPUT.replace("\n\n### Input:\n1 2", "") + "\n«3</s>»"),
+    "longform, turns": (
+        "longform",
+        TWO,
+        ALPACA_INPUT.replace("\n\n### Input:\n1 2", "")
+        + "\n«3</s>»\n\n### Instruction:\nMore.\n\n### Response:\n«4</s>»",
+    ),
+    "lima": ("lima", ONE, "Add.«3</s>»"),
+    "lima, turns": ("lima", TWO, "Add.«3</s>»More.«4</s>»"),
+    "oasst": (
+        "oasst",
+        TOLD,
+        "<|system|>Be brief.</s><|prompter|>Add.</s><|assistant|>«3</s>»<|prompter|>More.</s><|assistant|>«4</s>»",
+    ),
+    "codellama": ("codellama", ONE, "[INST] Add. [/INST]« 3 </s>»"),
+    "stablecode": ("stablecode", ONE, "###Instruction\nAdd.###Response\n«3</s>»"),
+    "stablecode, turns": (
+        "stablecode",
+        TWO,
+        "###Instruction\nAdd.###Response\n«3</s>»###Instruction\nMore.###Response\n«4</s>»",
+    ),
+    "falcon": ("falcon", ONE, "User: Add.\nFalcon:« 3</s>»"),
+    "falcon, turns": (
+        "falcon",
+        TOLD,
+        "System: Be brief.\nUser: Add.\nFalcon:« 3</s>»\nUser: More.\nFalcon:« 4</s>»",
+    ),
+    "longchat": ("longchat", ONE, VICUNA + "USER: Add. ASSISTANT:« 3</s>»"),
+    "redpajama-chat": (
+        "redpajama-chat",
+        TWO,
+        "<human>: Add.\n<bot>:« 3</s>»\n<human>: More.\n<bot>:« 4</s>»",
+    ),
+    "redpajama-instruct": ("redpajama-instruct", TWO, "Q: Add.\nA:« 3</s>»\n\nQ: More.\nA:« 4</s>»"),
+    "stablelm-alpha": ("stablelm-alpha", ONE, STABLELM + "<|USER|>Add.<|ASSISTANT|>«3</s>»"),
+    "stablelm-alpha, turns": (
+        "stablelm-alpha",
+        TOLD,
+        "<|SYSTEM|>Be brief.<|USER|>Add.<|ASSISTANT|>«3</s>»<|USER|>More.<|ASSISTANT|>«4</s>»",
+    ),
+    "chatml": (
+        "chatml",
+        TOLD,
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd.<|im_end|>\n<|im_start|>assistant\n"
+        "«3<|im_end|>»\n<|im_start|>user\nMore.<|im_end|>\n<|im_start|>assistant\n«4<|im_end|>»",
+    ),
+    "zephyr": (
+        "zephyr",
+        TOLD,
+        "<|system|>\nBe brief.</s>\n<|user|>\nAdd.</s>\n<|assistant|>\n«3</s>»\n<|user|>\nMore.</s>\n<|assistant|>\n"
+        "«4</s>»",
+    ),
+    "stablelm-2": ("stablelm-2", ONE, "<|user|>\nAdd.</s>\n<|assistant|>\n«3</s>»"),
+    "olmo-2": (
+        "olmo-2",
+        TOLD,
+        "<|system|>\nBe brief.\n<|user|>\nAdd.\n<|assistant|>\n«3</s>»\n<|user|>\nMore.\n<|assistant|>\n«4</s>»",
+    ),
+    "mistral": ("mistral-instruct", TWO, "[INST] Add. [/INST]« 3</s>»[INST] More. [/INST]« 4</s>»"),
+    "mistral, system": ("mistral-instruct", TOLD[:3], "[INST] Be brief.\n\nAdd. [/INST]« 3</s>»"),
+    "llama3": (
+        "llama3",
+        TOLD,
+        LLAMA3_TURN.format("system", "Be brief.")
+        + LLAMA3_TURN.format("user", "Add.")
+        + LLAMA3_ANSWER.format("3")
+        + LLAMA3_TURN.format("user", "More.")
+        + LLAMA3_ANSWER.format("4"),
+    ),
+    "gemma": (
+        "gemma",
+        TOLD,
+        "<start_of_turn>user\nBe brief.\n\nAdd.<end_of_turn>\n<start_of_turn>model\n«3<end_of_turn>»\n"
+        "<start_of_turn>user\nMore.<end_of_turn>\n<start_of_turn>model\n«4<end_of_turn>»",
+    ),
+    "phi-3": (
+        "phi-3",
+        TOLD,
+        "<|system|>\nBe brief.<|end|>\n<|user|>\nAdd.<|end|>\n<|assistant|>\n«3<|end|>»\n"
+        "<|user|>\nMore.<|end|>\n<|assistant|>\n«4<|end|>»",
+    ),
+    "phi-4": (
+        "phi-4",
+        TOLD,
+        "<|im_start|>system<|im_sep|>Be brief.<|im_end|><|im_start|>user<|im_sep|>Add.<|im_end|>"
+        "<|im_start|>assistant<|im_sep|>«3<|im_end|>»<|im_start|>user<|im_sep|>More.<|im_end|>"
+        "<|im_start|>assistant<|im_sep|>«4<|im_end|>»",
+    ),
+    "phi-4-mini": (
+        "phi-4-mini",
+        TOLD,
+        "<|system|>Be brief.<|end|><|user|>Add.<|end|><|assistant|>«3<|end|>»"
+        "<|user|>More.<|end|><|assistant|>«4<|end|>»",
+    ),
 }
 
 
@@ -118,7 +236,9 @@ STYLES = {
 def test_named_styles(style, messages, text):
     parts = render(messages, style, SPECIAL, None)
     assert spell(parts) == text
-    assert [part.text for part in parts if part.control] == re.findall("</s>|<s>", text)
+    # what people wrote is never read as control tokens
+    written = [m.content for m in messages] + [m.input for m in messages if m.input]
+    assert all(any(part.text.strip().endswith(w) for w in written) for part in parts if not part.control)
     # generation begins with the same text, at every turn
     for i, message in enumerate(messages):
         if message.role == "assistant":
@@ -129,6 +249,121 @@ def test_named_styles(style, messages, text):
 
 def test_every_style_is_tested():
     assert {style for style, _, _ in STYLES.values()} == PROMPT_STYLES.keys()
+
+
+@pytest.mark.parametrize(
+    ("style", "template", "told"),
+    [
+        ("chatml", "CHATML", True),
+        ("gemma", "GEMMA", False),
+        ("phi-3", "PHI3", False),
+        ("llama2-chat", "LLAMA2", True),
+        ("llama2-chat", "LLAMA2", False),
+    ],
+)
+def test_named_styles_are_the_templates_of_their_models(style, template, told):
+    """What generation starts from, as transformers renders the model's own template."""
+    for messages in (TOLD[:2], TOLD[:4]) if told else (TWO[:1], TWO[:3]):
+        text = "".join(part.text for part in render(messages, style, SPECIAL, None))
+        assert text == oracle(messages, getattr(chat_templates, template)).removeprefix("<s>")
+
+
+# --- the user's own styles
+
+OWN = {
+    "format string": ("Q: {instruction}\nA:", TWO, "Q: Add.\nA:«3</s>»Q: More.\nA:«4</s>»"),
+    "input": ("{input} | {instruction} =", CONTEXT, "1 2 | Add. =«3</s>»"),
+    "no input": ("{instruction}[{input}]", ONE, "Add.[]«3</s>»"),
+    "input elsewhere": ("{instruction}:", CONTEXT, "Add.\n\n1 2:«3</s>»"),
+    "system": ("<{system}> {instruction}", TOLD, "<Be brief.> Add.«3</s>»<> More.«4</s>»"),
+    "system elsewhere": ("{instruction} =", TOLD[:3], "Be brief.\n\nAdd. =«3</s>»"),
+    "braces": ("{{'a': 1}} {instruction}", ONE, "{'a': 1} Add.«3</s>»"),
+    "tokens": ("{bos}{instruction}{eos}\n", ONE, "<s>Add.</s>\n«3</s>»"),
+    "jinja": ("Q: {{ instruction }}\nA:", TWO, "Q: Add.\nA:«3</s>»Q: More.\nA:«4</s>»"),
+    "jinja, input": (
+        "{{ instruction }}{% if input %} ({{ input }}){% endif %}:",
+        (*CONTEXT, user("More."), assistant("4")),
+        "Add. (1 2):«3</s>»More.:«4</s>»",
+    ),
+    "jinja, system": (
+        "{% if system %}{{ system }}!{% endif %} {{ instruction }}{{ eos_token }}",
+        TOLD,
+        "Be brief.! Add.</s>«3</s>» More.</s>«4</s>»",
+    ),
+    "jinja, no system": ("{% if system %}{{ system }}!{% endif %} {{ instruction }}", ONE, " Add.«3</s>»"),
+    "jinja, system elsewhere": ("{{ instruction }}=", TOLD[:3], "Be brief.\n\nAdd.=«3</s>»"),
+    "jinja, braces": ("{'a': {{ instruction }}}", ONE, "{'a': Add.}«3</s>»"),
+    "chat template": (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}",
+        TWO,
+        "<s>[user] Add.</s>\n[assistant] «3</s>»\n[user] More.</s>\n[assistant] «4</s>»\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("door", ["text", "style.jinja", "style.txt", "style"])
+@pytest.mark.parametrize(("own", "messages", "text"), OWN.values(), ids=OWN)
+def test_own_styles(tmp_path, door, own, messages, text):
+    given = own
+    if door != "text":
+        given = str(tmp_path / door)
+        (tmp_path / door).write_bytes(b"\xef\xbb\xbf" + own.replace("\n", "\r\n").encode() + b"\r\n")
+    style = resolve_style(given)
+    assert style == own and resolve_style(style) == style  # in full: the file may vanish
+    parts = render(messages, style, SPECIAL, None)
+    assert spell(parts) == text
+    for i, message in enumerate(messages):
+        if message.role == "assistant":
+            prompt = "".join(part.text for part in render(messages[:i], style, SPECIAL, None))
+            assert text.replace("«", "").replace("»", "").startswith(prompt)
+
+
+NOT_OWN = {
+    "unknown name": ("alpca", "unknown prompt style 'alpca'; known: plain, alpaca, "),
+    "absent": ("styles/mine.jinja", "--prompt_style styles/mine.jinja cannot be read: No such file or directory"),
+    "unknown field": ("Q: {prompt}\n", "{prompt} is not a field (known: {instruction}, {input}, {system}"),
+    "position": ("Q: {}", "{} is not a field"),
+    "conversion": ("Q: {instruction!r}", "{instruction} is not a field"),
+    "JSON": ('{"q": "{instruction}"}', "{{ is a brace"),
+    "open brace": ("{instruction", "expected '}' before end of string"),
+    "no instruction": ("{system}", "it has no {instruction}"),
+    "broken Jinja": ("{{ instruction }", "the Jinja of the prompt style cannot be read: "),
+    "Jinja of other names": ("{{ prompt }}", "it uses prompt; use messages, or instruction, input and system"),
+    "a name too many": ("{{ instruction }}{{ persona }}", "it uses instruction, persona; use messages"),
+    "rewritten": ("{{ instruction | upper }}", "it does not write the instruction as it is"),
+    "failing": ("{{ instruction }}{{ raise_exception('no') }}", "the Jinja of the prompt style fails: no"),
+    "escape": ("{{ instruction }}{{ ''.__class__.__mro__ }}", "unsafe"),
+}
+
+
+@pytest.mark.parametrize(("given", "fragment"), NOT_OWN.values(), ids=NOT_OWN)
+def test_no_style(given, fragment):
+    with pytest.raises(InputError) as caught:
+        resolve_style(given)
+    assert fragment in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_style_files_that_are_none(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("{instruction} é".encode("latin-1"))
+    (tmp_path / "other.txt").write_text("Hello\n")
+    (tmp_path / "folder.txt").mkdir()
+    said = {
+        "latin": "is not UTF-8",
+        "other": "unknown prompt style 'Hello'",
+        "folder": "cannot be read: Is a directory",
+    }
+    for name, fragment in said.items():
+        with pytest.raises(InputError, match=f"{name}.txt:? {re.escape(fragment)}|{re.escape(fragment)}"):
+            resolve_style(str(tmp_path / f"{name}.txt"))
+
+
+def test_a_system_prompt_for_dialogues_without_one():
+    assert with_system(ONE, "Be brief.") == TOLD[:3]
+    assert with_system(ONE, None) == ONE and with_system(TOLD, "Be kind.") == TOLD
+    assert with_system((assistant("a text"),), "Be brief.") == (assistant("a text"),)
+    silenced = render(with_system(ONE, ""), "vicuna", SPECIAL, None)  # not even the style's own
+    assert spell(silenced) == "USER: Add. ASSISTANT:« 3</s>»"
 
 
 TURN = st.text(st.characters(codec="utf-8"), min_size=1)
@@ -174,10 +409,9 @@ def test_llama2_without_bos():
 # --- chat templates
 
 CHATML_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-TODAY = datetime.now().strftime("%d %b %Y")
 LLAMA3_SYSTEM = (
     "<s><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-    f"Today Date: {TODAY}\n\n<|eot_id|>"
+    "Today Date: 26 Jul 2024\n\n<|eot_id|>"
 )
 LLAMA3_HEAD = "<|start_header_id|>{}<|end_header_id|>\n\n"
 LLAMA3_TURN = LLAMA3_HEAD.format("user") + "{}<|eot_id|>" + LLAMA3_HEAD.format("assistant") + "«{}<|eot_id|>»"
@@ -330,7 +564,7 @@ REFUSED = {
         (user("a"), assistant("a bad word")),
         "rewrites the contents",
     ),
-    "thought": (chat_templates.QWEN3, (user("a"), assistant("<think>x</think>y")), "rewrites the contents"),
+    "thoughts": (chat_templates.QWEN3, (user("a"), assistant("<think>x</think>y</think>z")), "rewrites the contents"),
     "dropped": (
         "{% for m in messages[-2:] %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}",
         TWO,
@@ -355,9 +589,7 @@ REFUSED = {
     "syntax": ("{% for m in messages %}{{ m.content }", ONE, "refuses the dialogue: unexpected '}'"),
     "unclosed": ("{% for m in messages %}\n{{ m.content }}", ONE, "refuses the dialogue: Unexpected end of template"),
     "undefined": ("{{ messages[0].content + nothing.at.all }}", ONE, "'nothing' is undefined"),
-    "long loop": ("{% for i in range(10 ** 9) %}{% endfor %}", ONE, "Range too big"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", ONE, "recursion"),
-    "escape": ("{{ messages.__class__.__mro__ }}", ONE, "unsafe"),
     "mutation": ("{{ messages.pop() }}", ONE, "is unsafe"),
     "several lines": ("{{ raise_exception('a\nb\n\nc') }}", ONE, "a b c; name a --prompt_style"),
 }
@@ -369,12 +601,64 @@ def test_template_refused(template, messages, fragment):
     assert fragment in message and "--prompt_style" in message
 
 
-FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+HOSTILE = {  # template → what the one line of the refusal says
+    "classes": ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "is unsafe"),
+    "globals": ("{{ raise_exception.__globals__['os'] }}", "unsafe"),
+    "modules": ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "is unsafe"),
+    "format": ("{{ '{0.__class__.__mro__}'.format(messages) }}", "is unsafe"),
+    "attr": ("{{ (messages | attr('__class__')).__mro__ }}", "unsafe"),
+    "mutation": ("{{ messages.append(messages) }}", "is unsafe"),
+    "files": ("{% include '/etc/passwd' %}", "no loader"),
+    "modules by name": ("{% import 'os' as os %}", "no loader"),
+    "range": ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+    "loops": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "takes more than 0.2 s",
+    ),
+    "loops that filter": (
+        "{% for i in range(9999) %}{% for j in range(9999) if false %}{% endfor %}{% endfor %}",
+        "takes more than 0.2 s",
+    ),
+    "macros": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "takes more than 0.2 s",
+    ),
+    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+    "brackets": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "maximum recursion depth exceeded"),
+    "power": ("{{ 10 ** 10 ** 9 }}", "number too large"),
+    "squares": (
+        "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+        "number too large",
+    ),
+    "text": ("{{ 'a' * 10 ** 10 }}", "more than 2 GB of memory"),
+    "list": ("{{ ([0] * 10 ** 10) | length }}", "more than 2 GB of memory"),
+    "width": ("{{ 'a' | center(10 ** 10) }}", "more than 2 GB of memory"),
+    "digits": ("{{ '%010000000000d' % 1 }}", "more than 2 GB of memory"),
+    "doubling": (
+        "{% set n = namespace(x='a' * 9999) %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "it takes more than",
+    ),
+    "latin": ("{{ lipsum(n=10 ** 6) }}", "'lipsum' is undefined"),
+    "rounding": ("{{ 1 | round(10 ** 8, 'floor') }}", "No filter named 'round'"),
+}
 
 
-def test_endless_template(monkeypatch):
+@pytest.mark.parametrize(("template", "fragment"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_templates(monkeypatch, template, fragment):
+    if "memory" in fragment and not Path("/proc/self/statm").exists():
+        pytest.skip("only Linux limits a process's memory")
     monkeypatch.setattr(lit_sft.chat_template, "TEMPLATE_SECONDS", 0.2)
-    assert "it takes more than 0.2 s" in refusal(ONE, CHAT_TEMPLATE, FOREVER)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    message = refusal(ONE, CHAT_TEMPLATE, template)
+    assert fragment in message and message.endswith("; name a --prompt_style") and len(message) < 300
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_an_endless_template_ends_in_every_thread(monkeypatch):
+    monkeypatch.setattr(lit_sft.chat_template, "TEMPLATE_SECONDS", 0.2)
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(refusal, ONE, CHAT_TEMPLATE, HOSTILE[kind][0]) for kind in ("loops", "macros")]
+        assert all("it takes more than 0.2 s" in one.result() for one in found)
 
 
 def test_templates_render_in_threads():
@@ -399,4 +683,4 @@ def test_rendering_costs_one_render_a_dialogue(monkeypatch):
 def test_the_help_lists_every_style():
     from lit_sft import args, prompts
 
-    assert set(re.split(r", | or ", args.STYLES)) == {*prompts.PROMPT_STYLES, prompts.CHAT_TEMPLATE}
+    assert {*prompts.PROMPT_STYLES, prompts.CHAT_TEMPLATE} < set(re.split(r", ", args.STYLES))

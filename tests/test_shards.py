@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import lit_sft.shards
 from lit_sft.atomic import Manifest
 from lit_sft.errors import InputError
-from lit_sft.shards import KIND, Example, Shards, write_shards
+from lit_sft.samples import Example
+from lit_sft.shards import FACTS, KIND, Shards, write_shards
 
 
 def example(n_prompt: int, n_response: int, start: int = 0) -> Example:
@@ -21,13 +22,37 @@ def example(n_prompt: int, n_response: int, start: int = 0) -> Example:
 
 def write(folder: Path, train: list[Example], val: list[Example] = ()) -> Path:
     folder.mkdir(parents=True)
-    names = write_shards(folder, "train", train) + write_shards(folder, "val", val)
+    names = [
+        name for split, examples in (("train", train), ("val", val)) for name in write_split(folder, split, examples)
+    ]
     Manifest(KIND, {}).write(folder, names)
     return folder
 
 
+def write_split(folder: Path, split: str, examples: list[Example]) -> list[str]:
+    """The examples are handed over in the wrong order, which is allowed, and with more than their length."""
+    facts = {
+        "n_prompt": [e.n_prompt for e in examples],
+        "n_labels": [sum(e.labels_mask) for e in examples],
+        "source": [0 for _ in examples],
+        "row": list(range(1, len(examples) + 1)),
+    }
+
+    def read(start: int, end: int) -> list[tuple[int, list[int], list[bool]]]:
+        return [
+            (i, [*examples[i].input_ids, -1], [*examples[i].labels_mask, True]) for i in reversed(range(start, end))
+        ]
+
+    lengths = torch.tensor([len(e.input_ids) for e in examples], dtype=torch.int64)
+    return write_shards(folder, split, lengths, {name: torch.tensor(fact) for name, fact in facts.items()}, read)
+
+
 def read(shards: Shards) -> list[tuple[list[int], list[bool]]]:
     return [(ids.tolist(), mask.tolist()) for ids, mask in (shards[i] for i in range(len(shards)))]
+
+
+def counts(shards: Shards) -> list[int]:
+    return [shards.n_labels(i) for i in range(len(shards))]
 
 
 @pytest.fixture
@@ -41,13 +66,16 @@ def test_what_is_on_disk(tmp_path, examples):
     folder = write(tmp_path / "data", examples, examples[:3])
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "train-00000.pt", "val-00000.pt"]
     tensors = torch.load(folder / "train-00000.pt", weights_only=True, mmap=True)
-    dtypes = {"input_ids": torch.int32, "labels_mask": torch.bool, "offsets": torch.int64}
+    dtypes = {"input_ids": torch.int32, "labels_mask": torch.bool, "offsets": torch.int64} | FACTS
     assert {name: tensor.dtype for name, tensor in tensors.items()} == dtypes
     assert all(tensor.ndim == 1 for tensor in tensors.values())
     assert tensors["input_ids"].tolist() == [i for e in examples for i in e.input_ids]
     assert tensors["labels_mask"].tolist() == [i for e in examples for i in e.labels_mask]
     ends = [sum(len(e.input_ids) for e in examples[:k]) for k in range(len(examples) + 1)]
     assert tensors["offsets"].tolist() == ends
+    assert tensors["n_prompt"].tolist() == [e.n_prompt for e in examples]
+    assert tensors["n_labels"].tolist() == [sum(e.labels_mask) for e in examples]
+    assert tensors["row"].tolist() == list(range(1, 24))
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 7, 40, 1 << 26])
@@ -61,7 +89,7 @@ def test_round_trip(tmp_path, monkeypatch, examples, shard_tokens):
         shards = Shards(folder, split)
         assert read(shards) == [(e.input_ids, e.labels_mask) for e in expected]
         assert shards.lengths.tolist() == [len(e.input_ids) for e in expected]
-        assert shards.n_labels.tolist() == [sum(e.labels_mask) for e in expected]
+        assert counts(shards) == [sum(e.labels_mask) for e in expected]
         assert shards.n_cut == 0
         ids, mask = shards[0]
         assert (ids.dtype, mask.dtype) == (torch.int64, torch.bool)
@@ -82,7 +110,7 @@ def test_cut_again(tmp_path, monkeypatch, examples, shard_tokens):
         expected = [(e.input_ids[:length], e.labels_mask[:length]) for e in examples]
         assert read(shards) == expected
         assert shards.lengths.tolist() == [len(ids) for ids, _ in expected]
-        assert shards.n_labels.tolist() == [sum(mask) for _, mask in expected]
+        assert counts(shards) == [sum(mask) for _, mask in expected]
         assert shards.n_cut == sum(len(e.input_ids) > length for e in examples)
 
 
@@ -94,7 +122,7 @@ def test_a_cut_that_leaves_no_label_is_refused(tmp_path, monkeypatch):
     said = str(caught.value)
     assert "cut to 5 tokens, 2 train examples keep no label (the first: [1, 3])" in said
     assert "--max_seq_length 8 keeps all" in said and "--max_seq_length 5 --on_overflow drop" in said
-    assert Shards(folder, "train", 8).n_labels.tolist() == [6, 1, 1, 3]
+    assert counts(Shards(folder, "train", 8)) == [6, 1, 1, 3]
     with pytest.raises(InputError, match="1 train examples keep no label"):
         Shards(folder, "train", 7)
     assert len(Shards(folder, "val", 5)) == 1  # the other split has no part in it
@@ -104,15 +132,16 @@ def test_empty_val(tmp_path):
     folder = write(tmp_path / "data", [example(1, 1)])
     for length in (None, 1):
         shards = Shards(folder, "val", length)
-        assert (len(shards), shards.lengths.tolist(), shards.n_labels.tolist(), shards.n_cut) == (0, [], [], 0)
-        assert shards.lengths.dtype == shards.n_labels.dtype == torch.int64
+        assert (len(shards), shards.lengths.tolist(), counts(shards), shards.n_cut) == (0, [], [], 0)
+        assert shards.lengths.dtype == torch.int32
 
 
 def test_labels_may_have_gaps(tmp_path):
     gaps = Example([5, 6, 7, 8, 9], [False, True, False, True, False], 1)
     folder = write(tmp_path / "data", [gaps])
-    assert Shards(folder, "train", 3).n_labels.tolist() == [1]
-    assert (gaps.n_needed, gaps.cut(4).labels_mask, gaps.cut(9)) == (4, [False, True, False, True], gaps)
+    cut = Shards(folder, "train", 3)
+    assert (counts(cut), read(cut)) == ([1], [([5, 6], [False, True])])  # back to the last label
+    assert (gaps.n_needed, [gaps.n_kept(n) for n in (1, 2, 3, 4, 5, 6)]) == (4, [0, 2, 2, 4, 5, 5])
 
 
 @settings(max_examples=50, deadline=None)
@@ -130,7 +159,7 @@ def test_any_shapes(tmp_path_factory, shapes, shard_tokens, length):
         lit_sft.shards.SHARD_TOKENS = before
     shards = Shards(folder, "train", length)
     assert read(shards) == [(e.input_ids[:length], e.labels_mask[:length]) for e in examples]
-    assert shards.n_labels.tolist() == [sum(mask) for _, mask in read(shards)]
+    assert counts(shards) == [sum(mask) for _, mask in read(shards)]
     shutil.rmtree(folder)
 
 

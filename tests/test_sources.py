@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_sft.errors import InputError
-from lit_sft.prompts import Message
+from lit_sft.prompts import Message, Sample
 from lit_sft.rows import Columns
-from lit_sft.sources import read_samples
+from lit_sft.sources import SampleStream, read_samples
 
 NASTY = [
     'say "hi", twice',
@@ -125,11 +125,11 @@ def test_reads(tmp_path, name, content, messages):
 REFUSED = {
     "missing": ("d.csv", None, ["d.csv does not exist", ".parquet"]),
     "empty": ("d.csv", "", ["d.csv is empty"]),
-    "unknown-kind": ("d.xlsx", "PK", ["unknown kind", ".csv"]),
+    "unknown-kind": ("d.xlsx", "rows", ["unknown kind", ".csv"]),
     "header-only": ("d.csv", "instruction,output\n", ["d.csv holds no rows"]),
     "blank": ("d.jsonl", "\n\n", ["holds no rows"]),
     "empty-list": ("d.json", "[]", ["holds no rows"]),
-    "unknown-columns": ("d.csv", "a,b\n1,2\n", ["columns: 'a', 'b'", "--instruction_column", "--messages_column"]),
+    "unknown-columns": ("d.csv", "a,b\n1,2\n", ["columns: 'a', 'b'", "--instruction_column", "--text_column"]),
     "no-output": ("d.csv", "instruction,input\nQ,C\n", ["no known format", "'instruction', 'input'"]),
     "two-outputs": (
         "d.csv",
@@ -166,7 +166,7 @@ REFUSED = {
     "csv-utf-16": (
         "d.csv",
         "instruction,output\nQ,A\n".encode("utf-16"),
-        ["not UTF-8 in its header; save it as UTF-8"],
+        ["d.csv is UTF-16, not UTF-8; save it as UTF-8"],
     ),
     "csv-python-dialogue": ("d.csv", "messages\n\"[{'role': 'user'}]\"\n", ["column 'messages' is text but not JSON"]),
     "json-broken": ("d.json", '[\n{"instruction": "Q",,}]', ["d.json is not JSON", "at line 2 column 21"]),
@@ -241,11 +241,44 @@ def test_directory_names_its_files(tmp_path):
 
 
 def test_many_problems_fit_one_line(tmp_path):
-    path = write(tmp_path, "MyDataset.csv", "instruction,output\nQ,A\n" + "Q,\n" * 7)
+    path = write(tmp_path, "MyDataset.csv", "instruction,output\nQ,A\n" + "Q,\n" * 14)
     message = refusal(path)
     assert message.startswith("MyDataset.csv row 2: column 'output' is empty (line 3); MyDataset.csv row 3: ")
-    assert "row 4" in message and "row 5" not in message
-    assert "; and 4 more; columns: 'instruction', 'output'; --on_error skip" in message
+    assert "row 4:" in message and "row 5" not in message
+    assert "; and 11 more; columns: 'instruction', 'output'; --on_error skip" in message
+
+
+def test_what_one_line_cannot_hold_is_listed_before_it(tmp_path):
+    path = write(tmp_path, "d.csv", "instruction,output\nQ,A\n" + "Q,\n" * 14)
+    with pytest.raises(InputError) as caught:
+        read_samples(path)
+    *lines, more = caught.value.details
+    assert lines == [f"d.csv row {n}: column 'output' is empty (line {n + 1})" for n in range(2, 12)]
+    assert more == "… and 4 more"
+    write(tmp_path, "d.csv", "instruction,output\nQ,A\n" + "Q,\n" * 3)
+    with pytest.raises(InputError) as caught:
+        read_samples(path)
+    assert list(caught.value.details) == []
+
+
+def test_malformed_rows_before_a_broken_one_are_named_too(tmp_path):
+    path = write(tmp_path, "d.csv", 'instruction,output\nQ,\nQ,A\n,A\nQ,"A\n')
+    message = refusal(path)
+    assert message.startswith("d.csv row 4 (line 5): broken quotes: ")
+    assert "malformed before that: d.csv row 1: column 'output' is empty (line 2); d.csv row 3: " in message
+    assert refusal(path, on_error="skip") == message
+
+
+def test_a_stream_gives_each_row_as_it_is_read(tmp_path):
+    """Broken quotes in row 2,501 end the stream there, not before."""
+    rows = "".join(f"Q{i},{'A' if i % 2 else ''}\n" for i in range(2500))
+    stream = SampleStream(write(tmp_path, "d.csv", f'instruction,output\n{rows}Q,"A\n'))
+    items = []
+    with pytest.raises(InputError, match="row 2501"):
+        items.extend(stream)
+    assert [isinstance(item, Sample) for item in items] == [i % 2 == 1 for i in range(2500)]
+    assert [item.row for item in items[1::2]] == list(range(2, 2501, 2))
+    assert str(stream) == "Alpaca's columns: instruction from 'instruction', output from 'output'"
 
 
 def test_skip_leaves_malformed_rows_out(tmp_path):
@@ -254,7 +287,7 @@ def test_skip_leaves_malformed_rows_out(tmp_path):
     assert [sample.place for sample in samples] == ["d.jsonl row 2", "d.jsonl row 4"]
     assert [problem.place for problem in problems] == ["d.jsonl row 1", "d.jsonl row 3"]
     assert str(problems[1]) == "d.jsonl row 3: is a number (5), not an object with columns (line 3)"
-    assert columns == "instruction from 'instruction', output from 'output'"
+    assert columns == "Alpaca's columns: instruction from 'instruction', output from 'output'"
 
 
 @pytest.mark.parametrize(
@@ -304,7 +337,7 @@ def test_named_columns_win(tmp_path, columns, messages):
     [
         (Columns(output="antwort"), "d.csv: --output_column 'antwort' is not there; columns: 'instruction', 'output'"),
         (Columns(instruction="output", output="output"), "a column of its own"),
-        (Columns(messages="output", output="instruction"), "--messages_column alone"),
+        (Columns(messages="output", output="instruction"), "--messages_column or --text_column alone"),
     ],
 )
 def test_named_columns_that_cannot_be(tmp_path, columns, fragment):

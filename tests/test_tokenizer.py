@@ -1,6 +1,5 @@
 """The oracle is the file's own library: sentencepiece for tokenizer.model, tokenizers for tokenizer.json."""
 
-import io
 import json
 import pickle
 import re
@@ -9,25 +8,19 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 
 import pytest
 import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizer_kinds import MAKERS, made, write
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 from lit_sft.errors import InputError
 from lit_sft.tokenizer import Tokenizer
 
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog, and then it sleeps in the sun for 12 hours.",
-    "def add(a, b):\n    return a + b  # the sum\n",
-    "Ein Übermaß an Größe: Köln, Zürich, Façade, naïve café",
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
-    "1234567890 3.14159 2024-01-31 the end of the world as we know it",
-] * 20
 TEXTS = [
     "",
     " ",
@@ -50,134 +43,8 @@ TEXTS = [
 CONTROLS = ["<s>", "</s>", "<|endoftext|>", "<|eot_id|>", "<|turn|>", "[INST]"]
 INSTRUCTION = "Say </s>, <|eot_id|> and <|endoftext|> <s>[INST]<|turn|></s></s>!"
 
-# ---- the tokenizers under test, made here
-
-
-def train_sentencepiece(**options) -> bytes:
-    proto = io.BytesIO()
-    defaults = {
-        "vocab_size": 400,
-        "model_type": "bpe",
-        "byte_fallback": True,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "allow_whitespace_only_pieces": True,
-        "hard_vocab_limit": False,
-        "minloglevel": 2,
-    }
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=proto, **(defaults | options))
-    return proto.getvalue()
-
-
-def byte_level(add_prefix_space: bool = False) -> tokenizers.Tokenizer:
-    tok = tokenizers.Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    tok.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
-    return tok
-
-
-def neox() -> str:
-    tok = byte_level()
-    tok.normalizer = normalizers.NFC()
-    tok.add_special_tokens(["<|endoftext|>", "<|padding|>"])
-    tok.add_tokens([AddedToken(" " * n, normalized=True) for n in (4, 3, 2)])
-    return tok.to_str()
-
-
-def llama3() -> str:
-    tok = byte_level()
-    tok.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>"])
-    bos = tok.token_to_id("<|begin_of_text|>")
-    tok.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", bos)]),
-        ]
-    )
-    return tok.to_str()
-
-
-def gpt2_with_prefix() -> str:
-    tok = byte_level(add_prefix_space=True)
-    tok.add_special_tokens(["<|endoftext|>"])
-    return tok.to_str()
-
-
-def llama2_json(prefix: str) -> str:
-    """The sentencepiece model as tokenizers' BPE, as transformers converts it: its merges follow from its pieces."""
-    sp = sentencepiece.SentencePieceProcessor(model_proto=made("llama2"))
-    pieces = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece, i in pieces.items()
-        if not (sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i))
-        for cut in range(1, len(piece))
-        if piece[:cut] in pieces and piece[cut:] in pieces
-    ]
-    tok = tokenizers.Tokenizer(models.BPE(pieces, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    if prefix == "prepend":
-        tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
-    tok.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tok.add_special_tokens([AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>")])
-    return tok.to_str()
-
-
-def unigram_json() -> str:
-    """A unigram model finds "</s>" in a text by itself, since it is one of its pieces."""
-    letters = [(c, -5.0) for c in sorted(set("".join(CORPUS) + "</s>▁"))]
-    tok = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *letters], 0, False))
-    tok.pre_tokenizer = pre_tokenizers.Metaspace()
-    tok.decoder = decoders.Metaspace()
-    tok.add_special_tokens(["<unk>", "</s>"])
-    return tok.to_str()
-
-
-MAKERS = {
-    "llama2": train_sentencepiece,
-    "no_prefix": lambda: train_sentencepiece(add_dummy_prefix=False, vocab_size=390),
-    "unigram": lambda: train_sentencepiece(
-        model_type="unigram", byte_fallback=False, normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True
-    ),
-    "symbols": lambda: train_sentencepiece(user_defined_symbols=["<|turn|>", "▁▁"], control_symbols=["[INST]"]),
-    "neox": neox,
-    "llama3": llama3,
-    "gpt2": gpt2_with_prefix,
-    "prepend": lambda: llama2_json("prepend"),
-    "metaspace_first": lambda: llama2_json("first"),
-    "metaspace_always": lambda: llama2_json("always"),
-    "unigram_json": unigram_json,
-}
-SENTENCEPIECE = ["llama2", "no_prefix", "unigram", "symbols"]
-LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "LlamaTokenizer"}
-CONFIGS = {
-    "neox": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "tokenizer_class": "GPTNeoXTokenizer"},
-    "llama3": {"bos_token": "<|begin_of_text|>", "eos_token": {"content": "<|eot_id|>"}},
-    "prepend": LLAMA,
-    "metaspace_first": LLAMA,
-    "metaspace_always": LLAMA,
-    "unigram_json": {"eos_token": "</s>"},
-}
-
-
-@cache
-def made(name: str) -> bytes:
-    data = MAKERS[name]()
-    return data if isinstance(data, bytes) else data.encode()
-
-
-def write(directory: Path, name: str, **files) -> Path:
-    """A checkpoint_dir with tokenizer ``name``; ``files``: the JSON beside it, by stem."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / ("tokenizer.model" if name in SENTENCEPIECE else "tokenizer.json")).write_bytes(made(name))
-    for stem, content in (({"tokenizer_config": CONFIGS[name]} if name in CONFIGS else {}) | files).items():
-        (directory / f"{stem}.json").write_text(json.dumps(content))
-    return directory
+SENTENCEPIECE = [name for name in MAKERS if made(name).file == "tokenizer.model"]
+JSON = [name for name in MAKERS if name not in SENTENCEPIECE]
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +57,9 @@ def tokenizer_of(tmp_path_factory):
 def library(name: str):
     """(encode, decode) of the file's own library, control tokens in a text left text."""
     if name in SENTENCEPIECE:
-        sp = sentencepiece.SentencePieceProcessor(model_proto=made(name))
+        sp = sentencepiece.SentencePieceProcessor(model_proto=made(name).tokenizer)
         return sp.encode, sp.decode
-    tok = tokenizers.Tokenizer.from_str(made(name).decode())
+    tok = tokenizers.Tokenizer.from_str(made(name).tokenizer.decode())
     tok.encode_special_tokens = True
     return lambda text: tok.encode(text, add_special_tokens=False).ids, lambda ids: tok.decode(ids, False)
 
@@ -242,30 +109,33 @@ def test_a_leading_space_comes_after_the_dummy_prefix(tokenizer_of):
 @pytest.mark.parametrize("text", [t for t in TEXTS if "▁" not in t and not re.search("<0x|<unk>", t)])
 def test_both_files_of_one_model_agree(tokenizer_of, text):
     if text:  # sentencepiece gives "" no dummy prefix
-        assert tokenizer_of("prepend").encode(text) == tokenizer_of("llama2").encode(text)
+        assert tokenizer_of("llama2_prepend").encode(text) == tokenizer_of("llama2").encode(text)
 
 
 @EVERY
 @FEW
-@given(parts=st.lists(st.one_of(st.sampled_from([*CONTROLS, "<|begin_of_text|>", "<unk"]), CHARACTERS), max_size=5))
-def test_control_tokens_in_user_text_stay_text(tokenizer_of, name, parts):
-    tok, text = tokenizer_of(name), "".join(parts)
+@given(data=st.data())
+def test_control_tokens_in_user_text_stay_text(tokenizer_of, name, data):
+    tok = tokenizer_of(name)
+    own = sorted(tok._file.control)
+    own = st.sampled_from([*own, *(text.replace("▁", " ") for text in own), *(text[1:] for text in own)])
+    parts = data.draw(st.lists(st.one_of(own, st.sampled_from([" ", "\n", "<unk", *CONTROLS]), CHARACTERS), max_size=5))
     unknown = {tok.token_id("<unk>")}  # a character that the model does not know
     for continuation in (False, True):
-        ids = tok.encode(text, bos=False, continuation=continuation)
+        ids = tok.encode("".join(parts), bos=False, continuation=continuation)
         assert set(ids).isdisjoint(set(tok._control_ids) - unknown)
 
 
-@pytest.mark.parametrize("name", ["llama2", "neox", "llama3", "prepend", "metaspace_first"])
+@pytest.mark.parametrize("name", ["llama2", "neox", "llama3", "llama2_prepend", "llama2_metaspace"])
 def test_user_text_comes_back_whole(tokenizer_of, name):
     tok = tokenizer_of(name)
     assert tok.decode(tok.encode(INSTRUCTION)) == INSTRUCTION
 
 
-@pytest.mark.parametrize("name", [n for n in MAKERS if n not in SENTENCEPIECE])
+@pytest.mark.parametrize("name", JSON)
 @pytest.mark.parametrize("text", [*TEXTS, INSTRUCTION, "<s>hi</s><s> hi", "x<|eot_id|>  y<|endoftext|>"])
 def test_control_text_of_a_tokenizer_json_is_the_librarys(tokenizer_of, name, text):
-    plain = tokenizers.Tokenizer.from_str(made(name).decode())
+    plain = tokenizers.Tokenizer.from_str(made(name).tokenizer.decode())
     ids = plain.encode(text, add_special_tokens=False).ids
     assert tokenizer_of(name).encode(text, bos=False, control=True) == ids
 
@@ -281,7 +151,7 @@ def test_control_text_of_sentencepiece_is_encoded_stretch_by_stretch(tokenizer_o
 
 
 def test_a_text_that_begins_with_bos_gets_no_second_one(tokenizer_of):
-    for name, bos in (("llama2", "<s>"), ("llama3", "<|begin_of_text|>"), ("prepend", "<s>")):
+    for name, bos in (("llama2", "<s>"), ("llama3", "<|begin_of_text|>"), ("llama2_prepend", "<s>")):
         tok = tokenizer_of(name)
         ids = tok.encode(bos + "hi", control=True)
         assert ids[0] == tok.bos_id and ids.count(tok.bos_id) == 1
@@ -295,14 +165,16 @@ def test_a_continuation_goes_on_where_no_merge_crosses_the_join(tokenizer_of, na
     tok = tokenizer_of(name)
     head, tail = (left + "x", " y" + right) if space == " " else (left + "\n", "y" + right)
     whole = library(name)[0](head + tail)
-    if name == "unigram" and space == "\n":
+    if name == "t5_like" and space == "\n":
         return  # it removes the spaces at the end of a text
     if any(library(name)[0](head) == whole[:n] for n in range(len(whole) + 1)):  # the join is between two tokens
         joined = tok.encode(head) + tok.encode(tail, continuation=True)
         assert joined == tok.encode(head + tail)
 
 
-@pytest.mark.parametrize("name", ["llama2", "no_prefix", "prepend", "metaspace_first", "metaspace_always", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["llama2", "gemma", "llama2_prepend", "llama2_metaspace", "metaspace_always", "gpt2_prefix"]
+)
 def test_a_continuation_has_no_prefix_space(tokenizer_of, name):
     tok = tokenizer_of(name)
     assert tok.encode("a\nb") == tok.encode("a\n") + tok.encode("b", continuation=True)
@@ -310,7 +182,7 @@ def test_a_continuation_has_no_prefix_space(tokenizer_of, name):
         assert tok.encode("b", continuation=True, bos=True) == [tok.bos_id, *tok.encode("b", continuation=True)]
 
 
-@pytest.mark.parametrize("name", ["llama2", "prepend", "metaspace_first", "metaspace_always"])
+@pytest.mark.parametrize("name", ["llama2", "llama2_prepend", "llama2_metaspace", "metaspace_always"])
 def test_a_continuation_with_control_tokens_has_no_prefix_up_to_the_first(tokenizer_of, name):
     tok = tokenizer_of(name)
     whole = tok.encode("a\nb</s>c </s> d", control=True)
@@ -318,12 +190,12 @@ def test_a_continuation_with_control_tokens_has_no_prefix_up_to_the_first(tokeni
 
 
 def test_a_model_that_removes_spaces_keeps_the_one_before_a_continuation(tokenizer_of):
-    tok = tokenizer_of("unigram")
+    tok = tokenizer_of("t5_like")
     assert tok.decode(tok.encode("the quick") + tok.encode("  brown  fox", continuation=True)) == "the quick brown fox"
 
 
-def test_encode_refuses_what_it_cannot_do(tokenizer_of):
-    tok = tokenizer_of("gpt2")
+def test_encode_refuses_what_it_cannot_do(tokenizer_of, tmp_path):
+    tok = Tokenizer(write(tmp_path, "gpt2_prefix", config={}))
     for asked, name in (({"bos": True}, "BOS"), ({"eos": True}, "EOS")):
         with pytest.raises(InputError, match=f"no {name} token"):
             tok.encode("a", **asked)
@@ -333,7 +205,7 @@ def test_encode_refuses_what_it_cannot_do(tokenizer_of):
 
 
 def test_truncation_and_padding_left_in_a_tokenizer_json_are_ignored(tmp_path):
-    left = tokenizers.Tokenizer.from_str(made("neox").decode())
+    left = tokenizers.Tokenizer.from_str(made("neox").tokenizer.decode())
     left.enable_truncation(4)
     left.enable_padding(length=9)
     left.save(str(tmp_path / "tokenizer.json"))
@@ -345,6 +217,35 @@ def test_has_control(tokenizer_of, name):
     tok = tokenizer_of(name)
     assert tok.has_control("a[INST]b" if name == "symbols" else "<|eot_id|>")
     assert not tok.has_control("[inst] <|eot_id |>") and not tok.has_control("")
+
+
+FLAGS = st.fixed_dictionaries({f: st.booleans() for f in ("single_word", "lstrip", "rstrip", "normalized", "special")})
+
+
+@pytest.mark.parametrize("name", ["llama2_prepend", "llama2_metaspace", "neox", "llama3", "gemma_json"])
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_flags_of_added_tokens(tmp_path_factory, name, data):
+    """Whatever space they take in, wherever they are searched for: the library's ids, and text in what people write."""
+    document = json.loads(made(name).tokenizer)
+    size = 1 + max([*document["model"]["vocab"].values(), *(t["id"] for t in document["added_tokens"])])
+    texts = ["<|a|>", "<|ab|>", "word", "é e", "ﬁ", "▁x"]
+    flags = data.draw(st.lists(FLAGS, min_size=len(texts), max_size=len(texts)))
+    tokens = [{"id": size + i, "content": t, **f} for i, (t, f) in enumerate(zip(texts, flags, strict=True))]
+    directory = tmp_path_factory.mktemp("flags")
+    document["added_tokens"] += tokens
+    (directory / "tokenizer.json").write_text(json.dumps(document))
+    tok, plain = Tokenizer(directory), tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    parts = data.draw(st.lists(st.sampled_from([*texts, " ", "\n", "a", "word", "s", "e\u0301 e", " x"]), max_size=8))
+    text = "".join(parts)
+    assert tok.encode(text, bos=False, control=True) == plain.encode(text, add_special_tokens=False).ids
+    special = {t["id"] for t in tokens if t["special"]}
+    for continuation in (False, True):
+        assert special.isdisjoint(tok.encode(text, bos=False, continuation=continuation))
+    ids = tok.encode(text, bos=False)
+    assert "".join(tok.stream(ids)) == tok.decode(ids) == plain.decode(ids, skip_special_tokens=False)
+    if not any(t["content"] in text for t in tokens if t["special"]):
+        assert ids == plain.encode(text, add_special_tokens=False).ids or any(f["normalized"] for f in flags)
 
 
 # ---- decode and stream
@@ -395,7 +296,7 @@ def test_stream_gives_a_character_when_its_last_byte_arrives(tokenizer_of):
         assert tok.decode(given) == "a😀"  # not held until the b
 
 
-@pytest.mark.parametrize("name", ["llama2", "neox", "prepend"])
+@pytest.mark.parametrize("name", ["llama2", "neox", "llama2_prepend"])
 def test_the_cost_of_a_token_does_not_grow(tokenizer_of, name, monkeypatch):
     tok, longest = tokenizer_of(name), 0
     decode = tok._file.decode
@@ -432,7 +333,23 @@ def test_ids_beyond_the_vocabulary_give_no_text(tokenizer_of, name):
         ("llama2", {"tokenizer_class": "OtherTokenizer"}, False),
         ("llama2", {"tokenizer_class": "OtherTokenizer", "add_bos_token": True}, True),
         ("llama2", {"bos_token": None}, False),
-        ("no_prefix", None, True),
+        ("llama2", {"tokenizer_class": "TokenizersBackend"}, True),
+        ("gemma", None, True),
+        ("gemma", {"tokenizer_class": "GemmaTokenizer"}, True),
+        ("gemma", {"tokenizer_class": "GemmaTokenizer", "add_bos_token": False}, False),
+        ("gemma_json", {"bos_token": "<bos>"}, True),
+        ("gemma_json", {"bos_token": "<bos>", "add_bos_token": False}, False),
+        ("llama3", {}, True),  # nothing but the file's template says so
+        ("llama3", {"bos_token": None}, True),
+        ("llama3", {"bos_token": None, "add_bos_token": False}, False),
+        ("nemo", {}, True),
+        ("nemo", {"tokenizer_class": "GPT2Tokenizer"}, True),
+        ("qwen2", {"bos_token": None}, False),
+        ("qwen2", {"bos_token": "<|endoftext|>"}, False),
+        ("smollm3", {"bos_token": "<|begin_of_text|>"}, False),
+        ("smollm3", {"bos_token": "<|begin_of_text|>", "tokenizer_class": "LlamaTokenizerFast"}, False),
+        ("llama2_normalized", {"bos_token": "<s>", "tokenizer_class": "LlamaTokenizer"}, True),
+        ("deepseek", {"bos_token": "<｜begin▁of▁sentence｜>", "add_bos_token": True}, True),
         ("neox", {"bos_token": "<|endoftext|>"}, False),
         ("neox", {"bos_token": "<|endoftext|>", "add_bos_token": None}, False),
         ("neox", {"bos_token": "<|endoftext|>", "add_bos_token": True}, True),
@@ -440,20 +357,61 @@ def test_ids_beyond_the_vocabulary_give_no_text(tokenizer_of, name):
         ("llama3", {"bos_token": "<|begin_of_text|>"}, True),
         ("llama3", {"bos_token": "<|begin_of_text|>", "tokenizer_class": "PreTrainedTokenizerFast"}, True),
         ("llama3", {"bos_token": "<|begin_of_text|>", "add_bos_token": False}, False),
-        ("prepend", {"bos_token": "<s>", "tokenizer_class": "LlamaTokenizerFast"}, True),
-        ("prepend", {"bos_token": "<s>", "tokenizer_class": "OtherTokenizer"}, False),
+        ("llama2_prepend", {"bos_token": "<s>", "tokenizer_class": "LlamaTokenizerFast"}, True),
+        ("metaspace_always", {"bos_token": "<s>", "tokenizer_class": "OtherTokenizer"}, False),
     ],
 )
 def test_bos_policy(tmp_path, name, config, expected):
-    tok = Tokenizer(write(tmp_path, name, **({} if config is None else {"tokenizer_config": config})))
+    tok = Tokenizer(write(tmp_path, name, **({"config": {}} if config is None else {"tokenizer_config": config})))
     assert tok.adds_bos is expected
     assert (tok.encode("a")[0] == tok.bos_id) is expected
 
 
+# what transformers 5 makes anew from the vocabulary, with rules of its own, instead of reading the file
+REMADE = ("llama2_prepend", "llama2_normalized", "phi3_json", "stablelm2", "metaspace_always", "unigram_json")
+
+
+@pytest.mark.parametrize("name", [n for n in JSON if n not in (*REMADE, "deepseek")])  # whose add_bos_token is ignored
+def test_whole_sequences_are_those_of_transformers(tmp_path, name):
+    theirs, ours = AutoTokenizer.from_pretrained(write(tmp_path, name)), Tokenizer(tmp_path)
+    for text in [*TEXTS, INSTRUCTION, *ours._file.control]:
+        ids = theirs(text).input_ids
+        assert ours.encode(text, control=True) == ids[ids[:2] == [ours.bos_id] * 2 :]  # but for a doubled BOS
+    assert theirs(["a"], split_special_tokens=True).input_ids == [ours.encode("a")]
+
+
+@pytest.mark.parametrize("name", ["llama3", "neox", "nemo", "qwen2", "gemma_json"])
+@pytest.mark.parametrize("named", [True, False])
+def test_bos_policy_is_that_of_transformers_where_no_file_has_one_of_its_own(tmp_path, name, named):
+    bos = {"bos_token": None if not named else Tokenizer(write(tmp_path / "own", name)).special_tokens.get("bos_token")}
+    for kind in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        directory = write(tmp_path / kind, name, tokenizer_config={**bos, "tokenizer_class": kind})
+        assert Tokenizer(directory).encode("a") == AutoTokenizer.from_pretrained(directory)("a").input_ids
+
+
+def test_what_transformers_saves_has_the_same_ids(tmp_path):
+    for name in ("llama2_metaspace", "gemma_json", "llama3", "qwen3", "falcon", "neox", "nemo"):
+        theirs = AutoTokenizer.from_pretrained(write(tmp_path / name, name))
+        theirs.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+        theirs.save_pretrained(tmp_path / name / "saved")
+        saved = Tokenizer(tmp_path / name / "saved")
+        assert saved.token_id("<|new|>") == len(theirs) - 1
+        assert saved.adds_bos == Tokenizer(tmp_path / name).adds_bos
+        for text in [*TEXTS, "a<|new|> b"]:
+            assert saved.encode(text, control=True) == theirs(text).input_ids
+
+
 def test_a_template_without_bos_in_tokenizer_json_is_the_policy_even_of_llama(tmp_path):
-    saved = tokenizers.Tokenizer.from_str(made("prepend").decode())  # as transformers 5 writes add_bos_token false
+    saved = tokenizers.Tokenizer.from_str(
+        made("llama2_prepend").tokenizer.decode()
+    )  # as transformers 5 writes add_bos_token false
     saved.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
-    assert Tokenizer(write(tmp_path, "prepend", tokenizer=json.loads(saved.to_str()))).adds_bos is False
+    assert (
+        Tokenizer(
+            write(tmp_path, "llama2_prepend", **made("llama2_prepend").beside, tokenizer=json.loads(saved.to_str()))
+        ).adds_bos
+        is False
+    )
 
 
 def test_ends_and_names_of_sentencepiece_alone(tokenizer_of):
@@ -462,6 +420,30 @@ def test_ends_and_names_of_sentencepiece_alone(tokenizer_of):
     assert tok.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     assert tok.chat_template is None
     assert [tok.token_id(t) for t in ("<s>", "</s>", "the", "")] == [1, 2, None, None]
+
+
+STOPS = {
+    "llama2": ["</s>"],
+    "llama3": ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
+    "gemma": ["<eos>", "<end_of_turn>"],
+    "gemma_json": ["<eos>", "<end_of_turn>"],
+    "qwen2": ["<|endoftext|>", "<|im_end|>"],
+    "qwen3": ["<|endoftext|>", "<|im_end|>"],
+    "phi3": ["<|endoftext|>", "<|assistant|>", "<|end|>"],
+    "phi3_json": ["<|endoftext|>", "<|assistant|>", "<|end|>"],
+    "phi4_mini": ["<|endoftext|>", "<|end|>"],
+    "smollm3": ["<|im_end|>"],
+    "olmo2": ["<|endoftext|>"],  # config.json's is beyond the vocabulary
+    "falcon": ["<|endoftext|>"],
+    "nemo": ["</s>"],
+    "deepseek": ["<｜end▁of▁sentence｜>"],
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_a_familys_answers_stop_at_each_of_its_ends(tokenizer_of, name):
+    tok = tokenizer_of(name)
+    assert sorted(tok.stop_ids) == sorted(tok.token_id(text) for text in STOPS[name])
 
 
 def test_ends_from_the_configs(tmp_path):
@@ -480,7 +462,7 @@ def test_ends_from_the_configs(tmp_path):
 
 
 def library_id(name: str, text: str) -> int:
-    return tokenizers.Tokenizer.from_str(made(name).decode()).token_to_id(text)
+    return tokenizers.Tokenizer.from_str(made(name).tokenizer.decode()).token_to_id(text)
 
 
 def test_a_null_bos_is_no_bos_even_if_config_json_has_one(tmp_path):
@@ -508,7 +490,7 @@ ADDED = {
 
 @pytest.fixture
 def extended(tmp_path):
-    size = sentencepiece.SentencePieceProcessor(model_proto=made("llama2")).vocab_size()
+    size = sentencepiece.SentencePieceProcessor(model_proto=made("llama2").tokenizer).vocab_size()
     decoder = {str(int(i) - 400 + size): token for i, token in ADDED.items()}
     directory = write(
         tmp_path, "llama2", tokenizer_config={"added_tokens_decoder": decoder}, added_tokens={"<pad>": size + 9}
@@ -529,6 +511,18 @@ def test_tokens_added_to_sentencepiece(extended):
     assert "".join(tok.stream([word, 300, size + 2, word, 301])) == tok.decode([word, 300, word, 301])
 
 
+def test_tokens_that_only_the_other_file_adds_are_known(tmp_path):
+    """transformers 5 writes added tokens into tokenizer.json alone; a tokenizer.model may lie beside it."""
+    directory = write(
+        write(tmp_path, "phi3_json"), "llama2", tokenizer_config=made("phi3_json").beside["tokenizer_config"]
+    )
+    tok, other = Tokenizer(directory), Tokenizer(write(tmp_path / "other", "phi3"))
+    for text in ("<|user|>\nhi<|end|>\n<|assistant|> there", "</s><|end|>"):
+        assert tok.encode(text, control=True) == other.encode(text, control=True)
+        assert tok.encode(text) == other.encode(text)
+    assert tok.eos_id == tok.token_id("<|endoftext|>") == other.eos_id
+
+
 def test_user_defined_pieces_that_are_called_special_are_control_tokens(tmp_path):
     plain = Tokenizer(write(tmp_path / "plain", "symbols"))
     turn = plain._file._whole.piece_to_id("<|turn|>")
@@ -545,10 +539,10 @@ def test_user_defined_pieces_that_are_called_special_are_control_tokens(tmp_path
 
 
 def test_tokens_that_the_config_calls_special_are_control_tokens_of_a_tokenizer_json(tmp_path):
-    document = json.loads(made("llama3"))
+    document = json.loads(made("llama3").tokenizer)
     for token in document["added_tokens"]:
         token["special"] = False
-    tok = Tokenizer(write(tmp_path, "llama3", tokenizer=document))
+    tok = Tokenizer(write(tmp_path, "llama3", **made("llama3").beside, tokenizer=document))
     assert tok.eos_id not in tok.encode("a<|eot_id|>") and tok.eos_id in tok.encode("a<|eot_id|>", control=True)
 
 
@@ -558,11 +552,16 @@ def test_tokens_that_the_config_calls_special_are_control_tokens_of_a_tokenizer_
         ("{{ messages }}", "{{ messages }}"),
         ([{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}], "D"),
         ([{"name": "tool_use", "template": "T"}], None),
+        ([], None),
         (None, None),
     ],
 )
 def test_chat_template(tmp_path, value, expected):
     directory = write(tmp_path, "llama2", tokenizer_config={"chat_template": value})
+    assert Tokenizer(directory).chat_template == expected
+    for name in ("default", "tool_use"):  # others' templates, which transformers keeps beside
+        (directory / "additional_chat_templates").mkdir(exist_ok=True)
+        (directory / "additional_chat_templates" / f"{name}.jinja").write_text("T")
     assert Tokenizer(directory).chat_template == expected
     (directory / "chat_template.jinja").write_text("{{ bos_token }}é", encoding="utf-8")
     assert Tokenizer(directory).chat_template == "{{ bos_token }}é"
@@ -577,7 +576,7 @@ def test_fingerprint(tmp_path, tokenizer_of):
     copy = shutil.copytree(tokenizer_of("llama3").checkpoint_dir, tmp_path / "copy")
     assert Tokenizer(copy).fingerprint == prints["llama3"]
     (copy / "chat_template.jinja").write_text("another")
-    write(copy, "llama3", config={"n": 1})
+    (copy / "config.json").write_text('{"n": 1}')
     assert Tokenizer(copy).fingerprint == prints["llama3"]
     for number, files in enumerate(
         (
@@ -611,8 +610,9 @@ def test_a_damaged_tokenizer(tmp_path, file, content):
 
 @pytest.mark.parametrize(("name", "file"), [("llama2", "tokenizer.model"), ("neox", "tokenizer.json")])
 def test_a_truncated_tokenizer(tmp_path, name, file):
-    for length in (len(made(name)) // 2, len(made(name)) - 1):
-        (tmp_path / file).write_bytes(made(name)[:length])
+    whole = made(name).tokenizer
+    for length in (len(whole) // 2, len(whole) - 1):
+        (tmp_path / file).write_bytes(whole[:length])
         with pytest.raises(InputError, match=re.escape(str(tmp_path / file))):
             Tokenizer(tmp_path)
 

@@ -1,10 +1,44 @@
 """All that is particular to one architecture: how its config.json reads and what its weights are called."""
 
 from lit_sft.errors import InputError
-from lit_sft.families import llama
+from lit_sft.families import (
+    falcon,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt_neox,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+    stablelm,
+    stablelm_alpha,
+)
 from lit_sft.families.family import Family
 
-FAMILIES = (llama.FAMILY,)
+FAMILIES = (
+    llama.FAMILY,
+    gpt_neox.FAMILY,
+    falcon.FAMILY,
+    stablelm.FAMILY,
+    stablelm_alpha.FAMILY,
+    mistral.FAMILY,
+    mixtral.FAMILY,
+    phi3.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    qwen3_moe.FAMILY,
+    gemma.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+    smollm3.FAMILY,
+    olmo2.FAMILY,
+)
 
 
 def find_family(hf_config: dict) -> Family:

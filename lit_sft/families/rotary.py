@@ -1,0 +1,115 @@
+"""The rotary fields of a config.json, spelled as of old (rope_theta, rope_scaling) or anew (rope_parameters).
+
+Source: transformers' modeling_rope_utils.py.
+"""
+
+import math
+from typing import Any
+
+from lit_sft.errors import InputError
+from lit_sft.families.fields import Fields
+
+KNOWN = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings", "truncate"},
+    "longrope": {"factor", "short_factor", "long_factor", "attention_factor", "original_max_position_embeddings"},
+}
+RENAMED = {"su": "longrope"}  # what Phi-3 called it first
+COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
+
+
+def read_rope(
+    fields: Fields,
+    block_size: int,
+    head_size: int,
+    theta: float = 10000.0,
+    share: float = 1.0,
+    local_theta: float | None = None,
+) -> dict:
+    """ModelConfig's rotary fields; ``theta`` and ``share`` (of a head's dimensions) are the family's defaults.
+
+    ``local_theta``: the default of a family whose sliding layers have a theta of their own. InputError for a scaling
+    that is unknown, lacks a value or is said twice.
+    """
+    old, new = fields.get("rope_scaling", default={}), fields.get("rope_parameters", default={})
+    local = {}
+    if local_theta is not None:
+        local_base = fields.get("rope_local_base_freq", default=local_theta)
+        if new.keys() & {"full_attention", "sliding_attention"}:
+            new, local = new.get("full_attention") or {}, new.get("sliding_attention") or {}
+        if local.get("rope_type", "default") != "default" or local.keys() - {"rope_type", "rope_theta"}:
+            raise InputError(f"config.json: {local} for the sliding layers is not supported; they cannot be scaled")
+        local = {"rope_local_theta": float(local.get("rope_theta") or local_base)}
+    if old and new and any(new.get("rope_type" if k == "type" else k) != v for k, v in old.items()):
+        raise InputError(f"config.json: rope_scaling {old} differs from rope_parameters {new}; delete one of them")
+    rope = {**old, **new}
+    condense = fields.get("rope_condense_ratio")
+    if condense:  # LongChat's first revisions: linear scaling by another name
+        rope = {"type": "linear", "factor": condense, "rope_theta": rope.get("rope_theta")}
+    base = fields.get("rope_theta", "rotary_emb_base", default=theta)
+    partial = fields.get("partial_rotary_factor", "rotary_pct", "rope_pct", default=share)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = RENAMED.get(kind, kind)
+    if kind not in KNOWN:
+        known = ", ".join(map(repr, KNOWN))
+        raise InputError(f"config.json: rope scaling {kind!r} is not supported; supported: {known}")
+    if odd := sorted(k for k in rope.keys() - KNOWN[kind] - COMMON if rope[k] is not None):
+        raise InputError(f"config.json: rope scaling {kind!r} with {odd[0]} = {rope[odd[0]]!r} is not supported")
+    size = int(head_size * (rope.get("partial_rotary_factor") or partial))
+    found = {"rope_theta": float(rope.get("rope_theta") or base), "rope_type": kind, **local}
+    if size != head_size:
+        found["rotary_size"] = size
+    original = fields.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    try:
+        return found | _scaling(kind, rope, original, block_size)
+    except KeyError as error:
+        raise InputError(f"config.json: rope scaling {kind!r} lacks {error}") from None
+
+
+def respell_rope(hf_config: dict) -> dict:
+    """A config.json whose rotary scaling is spelled so that today's transformers sees it."""
+    config = dict(hf_config)
+    if condense := config.pop("rope_condense_ratio", None):
+        theta = {k: v for k, v in (config.get("rope_parameters") or {}).items() if k == "rope_theta"}
+        config["rope_parameters" if theta else "rope_scaling"] = {"type": "linear", "factor": float(condense)} | theta
+    for name in ("rope_scaling", "rope_parameters"):
+        if kind := (config.get(name) or {}).get("type"):
+            config[name] = {"rope_type": RENAMED.get(kind, kind)} | config[name] | {"type": RENAMED.get(kind, kind)}
+    return config
+
+
+def _scaling(kind: str, rope: dict[str, Any], original: int | None, block_size: int) -> dict:
+    """The fields of one kind of scaling; KeyError for one that is missing."""
+    if kind == "default":
+        return {}
+    if kind == "longrope":
+        original = original or rope["original_max_position_embeddings"]
+        factor = rope.get("factor") or block_size / original
+        stretch = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        return {
+            "rope_short_factors": tuple(map(float, rope["short_factor"])),
+            "rope_long_factors": tuple(map(float, rope["long_factor"])),
+            "rope_original_block_size": original,
+            "rope_attention_factor": float(rope.get("attention_factor") or stretch),
+        }
+    factor = float(rope["factor"])
+    if kind == "linear":
+        return {"rope_factor": factor}
+    if kind == "llama3":
+        return {
+            "rope_factor": factor,
+            "rope_low_freq_factor": float(rope["low_freq_factor"]),
+            "rope_high_freq_factor": float(rope["high_freq_factor"]),
+            "rope_original_block_size": int(rope["original_max_position_embeddings"]),
+        }
+    if rope.get("truncate") is False:
+        raise InputError("config.json: rope scaling 'yarn' with truncate = False is not supported")
+    return {
+        "rope_factor": factor,
+        "rope_beta_fast": float(rope.get("beta_fast") or 32),
+        "rope_beta_slow": float(rope.get("beta_slow") or 1),
+        "rope_original_block_size": int(original or block_size),
+        "rope_attention_factor": float(rope.get("attention_factor") or 0.1 * math.log(factor) + 1),
+    }

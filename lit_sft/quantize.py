@@ -1,0 +1,136 @@
+"""Frozen base weights in fewer bits: NF4 (4) and FP8 (8). Adapters, norms, embeddings and head stay as they are.
+
+Only the frozen product is approximate; its gradient with respect to the input is that of the product it stands for.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_sft.errors import InputError
+from lit_sft.model import GPT
+
+NF4, NF4_DOUBLE, FP8 = "nf4", "nf4-dq", "fp8"
+FP8_DTYPE = torch.float8_e4m3fn
+FP8_MOST = torch.finfo(FP8_DTYPE).max
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer that computes ``product(x)`` from fewer bits, and ``product_back(grad)`` backward."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        y = _FrozenProduct.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class NF4Linear(QuantizedLinear):
+    """Weights as one of sixteen quantiles of a normal distribution, scaled by 64s (Dettmers et al. 2023)."""
+
+    def __init__(self, weight: Tensor, double: bool) -> None:
+        """``double``: the scales are quantized as well."""
+        super().__init__(weight)
+        packed, self.state = _bitsandbytes().quantize_4bit(
+            weight.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=double
+        )
+        self.register_buffer("packed", packed, persistent=False)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The weights (out, in) that the bits stand for."""
+        return _bitsandbytes().dequantize_4bit(self.packed, self.state).to(dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        return F.linear(x, self.weight(x.dtype))
+
+    def product_back(self, grad: Tensor) -> Tensor:
+        """(…, out) → (…, in)."""
+        return grad @ self.weight(grad.dtype)
+
+
+class FP8Linear(QuantizedLinear):
+    """Weights and inputs in FP8 (E4M3), a scale for each row of either; products in FP8 forward and backward."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        bits, scale = to_fp8(weight)
+        self.register_buffer("bits", bits, persistent=False)
+        self.register_buffer("scale", scale.T.contiguous(), persistent=False)  # (1, out)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The weights (out, in) that the bits stand for."""
+        return (self.bits.float() * self.scale.T).to(dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        return _scaled_product(x, self.bits.T, self.scale)
+
+    def product_back(self, grad: Tensor) -> Tensor:
+        """(…, out) → (…, in). The weights' scales are folded into ``grad``, since the sum now runs over their rows."""
+        columns = self.bits.T.contiguous().T  # the second operand's sums must run along memory
+        return _scaled_product(grad * self.scale.to(grad.dtype), columns, self.scale.new_ones(1, self.in_features))
+
+
+def _scaled_product(x: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
+    """X (…, K) times bits (K, N) with a scale for each column (1, N), in x's dtype."""
+    rows, row_scale = to_fp8(x.reshape(-1, x.shape[-1]))
+    narrow = x.dtype if x.dtype != torch.float32 or not x.is_cuda else torch.bfloat16  # all that CUDA's product gives
+    y = torch._scaled_mm(rows, bits, scale_a=row_scale, scale_b=scale, out_dtype=narrow)
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` (N, K) as FP8, and the scales (N, 1) in fp32 that bring it back: each row uses the whole range."""
+    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / FP8_MOST
+    return (x.float() / scale).to(FP8_DTYPE), scale
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """A product with a frozen matrix: nothing of the input is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: NF4Linear | FP8Linear) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.product_back(grad), None
+
+
+def quantized(weight: Tensor, kind: str) -> QuantizedLinear:
+    """The layer that computes with ``weight`` (out, in) as ``kind`` stores it; InputError when it cannot."""
+    kind = kind.removeprefix("bnb.")  # Lit-GPT's spelling, after the library
+    if kind == FP8:
+        if weight.is_cuda and (weight.shape[0] % 16 or weight.shape[1] % 16):
+            raise InputError(f"--quantize fp8: a weight of {tuple(weight.shape)} is not a multiple of 16 both ways")
+        return FP8Linear(weight)
+    return NF4Linear(weight, double=kind == NF4_DOUBLE)
+
+
+def is_quantized(model: GPT, name: str) -> bool:
+    """Whether a parameter is the weight of a linear layer of a block: those are quantized; a router's choice is not."""
+    module, _, part = name.rpartition(".")
+    linear = name.startswith("blocks.") and part == "weight" and isinstance(model.get_submodule(module), nn.Linear)
+    return linear and not module.endswith(".router")
+
+
+def place_quantized(model: GPT, name: str, layer: QuantizedLinear) -> None:
+    """Put ``layer`` where the linear layer was whose weight is called ``name``, with the bias of that."""
+    module = name.removesuffix(".weight")
+    parent, _, child = module.rpartition(".")
+    layer.bias = model.get_submodule(module).bias
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def _bitsandbytes():
+    try:
+        import bitsandbytes.functional as functional
+    except ImportError:
+        raise InputError("--quantize nf4 needs bitsandbytes: pip install 'lit-sft[nf4]'") from None
+    return functional

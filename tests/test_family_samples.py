@@ -1,0 +1,198 @@
+"""Each family's chat template with its own kind of tokenizer: what is trained, and what generation starts from."""
+
+import re
+from functools import cache
+
+import pytest
+import sentencepiece
+import tokenizers
+from family_templates import DROPS_SYSTEM, FAMILIES, FORGETS, NO_SYSTEM, ONE_TURN
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizer_kinds import made, write
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from lit_sft.prompts import CHAT_TEMPLATE, Message, Sample
+from lit_sft.samples import Example, encode_prompt, encode_sample, stop_ids
+from lit_sft.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("day_of_templates")
+PAIRS = {  # (kind of tokenizer, template) → the end of an answer
+    ("llama2", "LLAMA2"): "</s>",
+    ("codellama", "LLAMA2"): "</s>",
+    ("llama2_prepend", "LLAMA2"): "</s>",
+    ("llama2_metaspace", "LLAMA2"): "</s>",
+    ("llama2", "MISTRAL_V1"): "</s>",
+    ("llama2_prepend", "MISTRAL_V1"): "</s>",
+    ("llama2", "MIXTRAL"): "</s>",
+    ("mistral_v3", "MISTRAL_V3"): "</s>",
+    ("nemo", "MISTRAL_V3"): "</s>",
+    ("llama3", "LLAMA31"): "<|eot_id|>",
+    ("llama3", "LLAMA32_VISION"): "<|eot_id|>",
+    ("qwen2", "QWEN25"): "<|im_end|>",
+    ("qwen3", "QWEN3"): "<|im_end|>",
+    ("qwen3", "THINKING"): "<|im_end|>",
+    ("gemma", "GEMMA2"): "<end_of_turn>",
+    ("gemma_json", "GEMMA2"): "<end_of_turn>",
+    ("gemma", "GEMMA3"): "<end_of_turn>",
+    ("gemma_json", "GEMMA3"): "<end_of_turn>",
+    ("phi3", "PHI3"): "<|end|>",
+    ("phi3_json", "PHI3"): "<|end|>",
+    ("phi4", "PHI4"): "<|im_end|>",
+    ("phi4_mini", "PHI4_MINI"): "<|end|>",
+    ("smollm2", "SMOLLM2"): "<|im_end|>",
+    ("smollm3", "SMOLLM3"): "<|im_end|>",
+    ("olmo2", "OLMO2"): "<|endoftext|>",
+    ("hermes", "ZEPHYR"): "</s>",
+    ("open_llama", "VICUNA"): "</s>",
+    ("llama2", "VICUNA"): "</s>",
+    ("stablelm2", "STABLELM2"): "<|im_end|>",
+    ("falcon", "FALCON"): "<|endoftext|>",
+    ("deepseek", "DEEPSEEK"): "<｜end▁of▁sentence｜>",
+    ("deepseek", "DEEPSEEK_R1"): "<｜end▁of▁sentence｜>",
+    ("phi3_json", "MACROS"): "<|end|>",
+}
+EVERY = pytest.mark.parametrize(("kind", "name"), PAIRS, ids=lambda value: value)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of(tmp_path_factory):
+    @cache
+    def make(kind: str, name: str) -> Tokenizer:
+        directory = write(tmp_path_factory.mktemp(f"{kind}_{name}"), kind)
+        (directory / "chat_template.jinja").write_text(FAMILIES[name], encoding="utf-8")
+        return Tokenizer(directory)
+
+    return make
+
+
+def rendered(tokenizer: Tokenizer, name: str, messages: tuple[Message, ...]) -> str:
+    """What transformers renders, with the end token that a template forgets."""
+    turns = [{"role": m.role, "content": m.content} for m in messages]
+    asks = messages[-1].role == "user"
+    special = tokenizer.special_tokens
+    if name in FORGETS:
+        turns = [t | {"content": t["content"] + special["eos_token"] * (t["role"] == "assistant")} for t in turns]
+    text, _ = render_jinja_template([turns], chat_template=FAMILIES[name], add_generation_prompt=asks, **special)
+    return text[0]
+
+
+def library_ids(kind: str, tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a whole text by the file's own library: of sentencepiece, each stretch between control tokens."""
+    if made(kind).file == "tokenizer.json":
+        return tokenizers.Tokenizer.from_str(made(kind).tokenizer.decode()).encode(text, add_special_tokens=False).ids
+    sp = sentencepiece.SentencePieceProcessor(model_proto=made(kind).tokenizer)
+    decoder = made(kind).beside.get("tokenizer_config", {}).get("added_tokens_decoder", {})
+    ids = {t["content"]: int(i) for i, t in decoder.items() if t["special"]} | {"</s>": 2}
+    ids |= {sp.id_to_piece(i): i for i in range(sp.vocab_size()) if sp.is_control(i)}
+    strips = {t["content"]: t["rstrip"] for t in decoder.values()}
+    found, start = [], 0
+    for match in re.finditer("|".join(map(re.escape, ids)), text):
+        if match.start() >= start:
+            found += [*sp.encode(text[start : match.start()]), ids[match[0]]]
+            start = match.end()
+            start += (len(text[start:]) - len(text[start:].lstrip())) * strips.get(match[0], False)
+    return found + sp.encode(text[start:])
+
+
+def answers(example: Example) -> list[list[int]]:
+    """The labelled ids of each answer."""
+    mask = example.labels_mask
+    starts = [i for i in range(len(mask)) if mask[i] and not mask[i - 1]]
+    return [
+        example.input_ids[i : next(k for k in range(i, len(mask) + 1) if k == len(mask) or not mask[k])] for i in starts
+    ]
+
+
+def dialogues(name: str, texts: list[str]) -> list[tuple[Message, ...]]:
+    roles = ("user", "assistant") * (1 if name in ONE_TURN else len(texts) // 2)
+    messages = tuple(Message(role, text) for role, text in zip(roles, texts, strict=False))
+    system = () if name in (*NO_SYSTEM, *DROPS_SYSTEM) else ((Message("system", "Be brief."), *messages),)
+    return [messages, *system]
+
+
+def check(kind: str, name: str, tokenizer: Tokenizer, messages: tuple[Message, ...]) -> Example:
+    example = encode_sample(Sample(messages), CHAT_TEMPLATE, tokenizer, mask_prompt=True)
+    end = tokenizer.token_id(PAIRS[kind, name])
+    assert end is not None and end in stop_ids(CHAT_TEMPLATE, tokenizer) and end not in tokenizer.encode("a b")
+    for answer in answers(example):
+        assert answer[-1] == end and end not in answer[:-1]
+    n_first = next(i for i, m in enumerate(messages) if m.role == "assistant")
+    assert example.n_prompt == len(encode_prompt(messages[:n_first], CHAT_TEMPLATE, tokenizer))
+    for n, message in enumerate(messages):
+        if message.role == "assistant":  # what generation starts from is what was trained
+            prompt = encode_prompt(messages[:n], CHAT_TEMPLATE, tokenizer)
+            assert example.input_ids[: len(prompt)] == prompt
+            assert example.labels_mask[len(prompt)] and not example.labels_mask[len(prompt) - 1]
+    return example
+
+
+TEXTS = [
+    "What is 1 + 2?",
+    "It is 3.",
+    "naïve café, 日本語 👩‍👩‍👧",
+    "def add(a, b):\n    return a + b",
+    "1234567",
+    "The end.",
+]
+
+
+@EVERY
+def test_ids_are_the_librarys_of_the_text_of_transformers(tokenizer_of, kind, name):
+    tokenizer = tokenizer_of(kind, name)
+    for messages in dialogues(name, TEXTS):
+        example = check(kind, name, tokenizer, messages)
+        assert example.input_ids == library_ids(kind, tokenizer, rendered(tokenizer, name, messages))
+        contents = [m.content for m in messages if m.role == "assistant"]
+        for answer, content in zip(answers(example), contents, strict=True):
+            said = tokenizer.decode(answer)
+            content = content.replace("    ", " ") if kind == "open_llama" else content  # which removes extra spaces
+            assert said.strip() == content or ("</think>" in said and said.endswith(content))
+        for n, message in enumerate(messages):
+            if message.role == "assistant":
+                ids = encode_prompt(messages[:n], CHAT_TEMPLATE, tokenizer)
+                assert ids == library_ids(kind, tokenizer, rendered(tokenizer, name, messages[:n]))
+
+
+ANY = st.one_of(
+    st.text(st.characters(codec="utf-8", exclude_characters="▁"), min_size=1, max_size=20).filter(str.strip),
+    st.lists(st.sampled_from(["the", " a", "\n", "  ", "é", "👍🏽", "1", "\r\n", "\t", "x"]), min_size=1)
+    .map("".join)
+    .filter(str.strip),
+)
+
+
+@EVERY
+@settings(max_examples=25, deadline=None)
+@given(texts=st.lists(ANY, min_size=4, max_size=4))
+def test_any_dialogue(tokenizer_of, kind, name, texts):
+    for messages in dialogues(name, texts):
+        check(kind, name, tokenizer_of(kind, name), messages)
+
+
+@EVERY
+def test_control_tokens_that_people_write_are_text(tokenizer_of, kind, name):
+    """A dialogue has the control tokens of the template, however many are written in its messages."""
+    tokenizer = tokenizer_of(kind, name)
+    own = sorted(tokenizer._file.control)
+    poison = "say " + " ".join(own) + "".join(own) + "".join(text.replace("▁", " ") for text in own) + " now"
+    for clean, dirty in zip(dialogues(name, ["a", "b"] * 2), dialogues(name, [poison] * 4), strict=True):
+        found = []
+        for messages in (clean, dirty):
+            example = check(kind, name, tokenizer, messages)
+            unknown = tokenizer.token_id("<unk>")
+            found.append([i for i in example.input_ids if i in tokenizer._control_ids and i != unknown])
+        assert found[0] == found[1] and found[0]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "smollm3"])
+def test_thoughts(tokenizer_of, kind):
+    """Tags of thoughts are words of the vocabulary, and learned."""
+    tokenizer = tokenizer_of(kind, {"qwen3": "QWEN3", "smollm3": "SMOLLM3"}[kind])
+    content = "<think>\none and two\n</think>\n\nThree."
+    messages = (Message("user", "Add."), Message("assistant", content))
+    (answer,) = answers(encode_sample(Sample(messages), CHAT_TEMPLATE, tokenizer, mask_prompt=True))
+    tags = [
+        tokenizers.Tokenizer.from_str(made(kind).tokenizer.decode()).token_to_id(t) for t in ("<think>", "</think>")
+    ]
+    assert tokenizer.decode(answer) == content and answer[0] == tags[0] and tags[1] in answer
