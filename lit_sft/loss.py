@@ -1,11 +1,11 @@
 """Cross-entropy as a sum over labelled positions, never holding the logits of a whole row."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 CHUNK_ROWS = 256  # logits alive at once: 256 × vocab_size
+CUDA_CHUNK_ROWS = 2048  # fewer, larger products and kernels
+STRIP_ROWS = 16  # of a chunk, what a CPU's cache holds while softmax reads and writes it
 
 
 def cross_entropy_sum(
@@ -34,7 +34,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        head: Callable[[Tensor], Tensor],
+        head: nn.Module,
         labels: Tensor,
         counts: Tensor | None,
         softcap: float | None,
@@ -42,19 +42,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         wanted = any(ctx.needs_input_grad)
+        # a frozen matrix alone: its products need no graph, and share one buffer
+        plain = type(head) is nn.Linear and head.bias is None and not parameters
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
-        for start in range(0, len(labels), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
-            chunk = hidden[rows].detach().requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
-                logits = head(chunk)
+        n_rows = CUDA_CHUNK_ROWS if hidden.is_cuda else CHUNK_ROWS
+        buffer = hidden.new_empty(min(n_rows, len(labels)), head.out_features) if plain else None
+        for start in range(0, len(labels), n_rows):
+            rows = slice(start, start + n_rows)
+            if plain:
+                logits = torch.mm(hidden[rows], head.weight.T, out=buffer[: len(labels[rows])])
+            else:
+                chunk = hidden[rows].detach().requires_grad_(wanted)
+                with torch.set_grad_enabled(wanted):
+                    logits = head(chunk)
             weights = None if counts is None else counts[rows].to(total.dtype)
-            losses, grad_logits = _losses(logits.detach(), labels[rows], weights, softcap, wanted)
-            total += losses
-            if wanted:
-                grad_chunk, *more = torch.autograd.grad(logits, [chunk, *parameters], grad_logits.to(logits.dtype))
+            total += _losses(logits.detach(), labels[rows], weights, softcap, wanted)
+            if wanted and plain:
+                torch.mm(logits, head.weight, out=grad_hidden[rows])
+            elif wanted:
+                grad_chunk, *more = torch.autograd.grad(logits, [chunk, *parameters], logits.detach())
                 grad_hidden[rows] = grad_chunk
                 for grad, part in zip(grads, more, strict=True):
                     grad += part
@@ -73,27 +81,33 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
-def _losses(
-    logits: Tensor, labels: Tensor, weights: Tensor | None, softcap: float | None, wanted: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Weighted sum of one chunk's losses and, if ``wanted``, its gradient with respect to the logits (N, vocab_size).
+def _losses(logits: Tensor, labels: Tensor, weights: Tensor | None, softcap: float | None, wanted: bool) -> Tensor:
+    """Weighted sum of one chunk's losses; if ``wanted``, their gradient takes the place of the logits (N, vocab_size).
 
-    By hand, because it is bound by memory: softmax is the only pass that writes, and its result becomes the gradient.
+    By hand, because it is bound by memory: a strip at a time, softmax is the only pass that writes, and its result
+    becomes the gradient.
     """
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if softcap is not None:
-        capped = torch.tanh(scores / softcap)
-        scores = softcap * capped
-    gradient = scores.softmax(1)
-    # log of the normaliser, from the likeliest entry, whose probability cannot underflow
-    normaliser = scores.amax(1) - gradient.amax(1).log()
-    losses = normaliser - scores.gather(1, labels[:, None])[:, 0]
-    total = losses.sum() if weights is None else losses @ weights
-    if not wanted:
-        return total, None
-    gradient.scatter_add_(1, labels[:, None], gradient.new_full((len(labels), 1), -1.0))
-    if weights is not None:
-        gradient *= weights[:, None]
-    if softcap is not None:
-        gradient *= 1 - capped.square()
-    return total, gradient
+    total = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+    for start in range(0, len(labels), len(labels) if logits.is_cuda else STRIP_ROWS):
+        rows = slice(start, None if logits.is_cuda else start + STRIP_ROWS)
+        strip, ids = logits[rows], labels[rows, None]
+        scores = strip.to(total.dtype)
+        if softcap is not None:
+            capped = torch.tanh(scores / softcap)
+            scores = softcap * capped
+        scores_of_labels = scores.gather(1, ids)[:, 0]
+        highest = scores.amax(1)
+        gradient = torch.softmax(scores, 1, out=scores)
+        # log of the normaliser, from the likeliest entry, whose probability cannot underflow
+        losses = highest - gradient.amax(1).log() - scores_of_labels
+        total += losses.sum() if weights is None else losses @ weights[rows]
+        if not wanted:
+            continue
+        gradient.scatter_add_(1, ids, gradient.new_full(ids.shape, -1.0))
+        if weights is not None:
+            gradient *= weights[rows, None]
+        if softcap is not None:
+            gradient *= 1 - capped.square()
+        if gradient.data_ptr() != strip.data_ptr():
+            strip.copy_(gradient)
+    return total

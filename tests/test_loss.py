@@ -7,21 +7,23 @@ from lit_sft import loss
 from lit_sft.loss import cross_entropy_sum
 
 
-def inputs(T: int = 23, C: int = 8, V: int = 31) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
+def inputs(T: int = 23, C: int = 8, V: int = 31, bias: bool = True) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
     torch.manual_seed(0)
     labels = torch.randint(0, V, (T,))
-    return torch.randn(T, C, dtype=torch.float64), nn.Linear(C, V, bias=True).double(), labels
+    return torch.randn(T, C, dtype=torch.float64), nn.Linear(C, V, bias).double(), labels
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
 @pytest.mark.parametrize("head_trains", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("softcap", [None, 0.7])
 def test_sum_and_gradients_are_those_of_torch(
-    monkeypatch: pytest.MonkeyPatch, chunk: int, head_trains: bool, counted: bool, softcap: float | None
+    monkeypatch: pytest.MonkeyPatch, chunk: int, head_trains: bool, bias: bool, counted: bool, softcap: float | None
 ) -> None:
     monkeypatch.setattr(loss, "CHUNK_ROWS", chunk)
-    hidden, head, labels = inputs()
+    monkeypatch.setattr(loss, "STRIP_ROWS", 5)
+    hidden, head, labels = inputs(bias=bias)
     counts = torch.arange(1, len(labels) + 1) if counted else None
     times = counts if counted else torch.ones(len(labels), dtype=torch.int64)
     head.requires_grad_(head_trains)
@@ -56,6 +58,21 @@ def test_the_logits_of_a_row_are_never_held_at_once() -> None:
     with torch.no_grad():
         cross_entropy_sum(hidden, head, labels)
     assert sum(seen) == 2000 and max(seen) <= loss.CHUNK_ROWS
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch 2.11 has no fused loss to compare with")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradient_are_those_of_the_fused_loss_of_torch(dtype: torch.dtype) -> None:
+    hidden, head, labels = inputs(T=300, C=32, V=997, bias=False)
+    hidden, head = hidden.to(dtype), head.to(dtype).requires_grad_(False)
+    ours, theirs = (hidden.clone().requires_grad_() for _ in range(2))
+    total = cross_entropy_sum(ours, head, labels)
+    expected = F.linear_cross_entropy(theirs, head.weight, labels, reduction="sum")
+    total.backward()
+    expected.backward()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    assert torch.allclose(total, expected.float(), rtol=tolerance)
+    assert (ours.grad - theirs.grad).norm() < tolerance * theirs.grad.norm()
 
 
 def test_low_precision_is_summed_in_fp32() -> None:
