@@ -1,14 +1,20 @@
 """Causal attention that never crosses an example."""
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from inspect import signature
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_sft.recompute import cheaply
+
 CHUNK_QUERIES = 512  # where a mask is needed: most of its rows that are in memory at once
+SHORT = 512  # tokens a segment
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Layout:
     """Tokens of each segment, adding up to the row's."""
     parents: list[int | None] | None = None
     """The segment that each continues, always an earlier one; None: it begins an example. None for all: as it says."""
+    _spans: dict[torch.device, "Spans"] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def chains(self) -> list[list[int]]:
@@ -54,6 +61,32 @@ class Layout:
                 totals[number] = max(totals[number], totals[chain[-1]])
         return torch.tensor(totals).repeat_interleave(torch.tensor(self.lengths))
 
+    def spans(self, device: torch.device) -> "Spans":
+        """Where queries and keys of each segment are, for kernels that take all of them at once."""
+        if device not in self._spans:
+            n_keys = [sum(self.lengths[i] for i in chain) for chain in self.chains]
+            starts = list(accumulate(self.lengths, initial=0))
+            keys = None
+            if self.parents:
+                places = [torch.arange(starts[i], starts[i + 1]) for chain in self.chains for i in chain]
+                keys = torch.cat(places).to(device)
+            ends = [torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in (self.lengths, n_keys)]
+            self._spans[device] = Spans(*ends, max(self.lengths), max(n_keys), keys)
+        return self._spans[device]
+
+
+class Spans(NamedTuple):
+    """Segments as offsets into the row."""
+
+    query_ends: Tensor
+    """(N + 1,) int32: where each segment's queries begin, and the last one's end."""
+    key_ends: Tensor
+    """(N + 1,) int32: the same for the keys that they see."""
+    most_queries: int
+    most_keys: int
+    keys: Tensor | None
+    """(K,) int64: the row's position of each key; None: the keys are the row as it is."""
+
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None, scoring: Scoring) -> Tensor:
     """Causal self-attention within each of the examples that a row holds.
@@ -66,18 +99,84 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout |
         scoring: how scores become weights.
 
     Returns:
-        (B, H, T, D). Each segment is its own call of torch's fused attention: isolated by construction, and on a CPU
-        6 to 13 times faster than one call with a block-diagonal mask.
+        (B, H, T, D).
+
+    On a GPU all segments are one call of torch's variable-length flash attention, where that computes what is asked
+    for; otherwise each is its own call of fused attention: isolated by construction, and on a CPU 6 to 13 times faster
+    than one call with a block-diagonal mask. Raises ValueError where examples could not be kept apart.
     """
-    if layout is None or len(layout.lengths) == 1:
+    if layout is None:
         return causal_attention(query, key, value, scoring)
+    if query.shape[0] != 1 or sum(layout.lengths) != query.shape[2]:
+        raise ValueError(f"segments of {sum(layout.lengths)} tokens are no layout of a row of {tuple(query.shape)}")
+    if _varlen_fits(query, scoring):
+        return _varlen_attention(query, key, value, layout, scoring)
+    if len(layout.lengths) == 1:
+        return causal_attention(query, key, value, scoring)
+    dtype = query.dtype
+    if not query.is_cuda and dtype == torch.bfloat16 and query.shape[2] < SHORT * len(layout.lengths):
+        # a CPU's attention of few tokens is slow in bfloat16, mostly backward
+        query, key, value = (cheaply(Tensor.float, x) for x in (query, key, value))
     # split, not slices: its backward is one concatenation instead of a row-sized sum per example
     queries, keys, values = (x.split(layout.lengths, dim=2) for x in (query, key, value))
     mixed = []
     for own, chain in enumerate(layout.chains):
-        seen = [torch.cat([x[i] for i in chain], dim=2) if len(chain) > 1 else x[own] for x in (keys, values)]
+        seen = [cheaply(_join, *(x[i] for i in chain)) if len(chain) > 1 else x[own] for x in (keys, values)]
         mixed.append(causal_attention(queries[own], *seen, scoring))
-    return torch.cat(mixed, dim=2)
+    return cheaply(partial(_join_as, dtype), *mixed)
+
+
+def _join(*parts: Tensor) -> Tensor:
+    """Parts of a row, (B, H, n, D) each, one behind the other: in memory as well, so that heads flatten as a view."""
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
+
+
+def _join_as(dtype: torch.dtype, *parts: Tensor) -> Tensor:
+    return _join(*parts).to(dtype)
+
+
+def _varlen_fits(query: Tensor, scoring: Scoring) -> bool:
+    """Whether torch's variable-length attention takes these queries, and computes what ``scoring`` asks for."""
+    small = query.dtype in (torch.bfloat16, torch.float16) and query.shape[3] <= 256 and query.shape[3] % 8 == 0
+    plain = scoring.softcap is None and not scoring.alibi
+    return query.is_cuda and small and plain and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scoring: Scoring) -> Tensor:
+    """One kernel over all segments; the last query of each is aligned with the last key that it sees."""
+    from torch.nn.attention.varlen import varlen_attn  # whose import takes a second
+
+    spans = layout.spans(query.device)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
+    if spans.keys is not None:
+        key, value = (_Gather.apply(x, spans.keys) for x in (key, value))
+    grouped = {}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in signature(varlen_attn).parameters:
+            grouped = {"enable_gqa": True}
+        else:  # torch 2.11
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    left = -1 if scoring.window is None else scoring.window - 1
+    ends = spans.query_ends, spans.key_ends, spans.most_queries, spans.most_keys
+    mixed = varlen_attn(query, key, value, *ends, scale=scoring.scale, window_size=(left, 0), **grouped)
+    return mixed.transpose(0, 1)[None]
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of x (T, G, D) at ``index`` (K,), some more than once; their gradients are added up in fp32, in order."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        total = torch.zeros(ctx.shape, dtype=torch.promote_types(grad.dtype, torch.float32), device=grad.device)
+        # sorted by torch, unlike index_add: the same bits each time on a GPU
+        return total.index_put_((index,), grad.to(total.dtype), accumulate=True).to(grad.dtype), None
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
@@ -100,11 +199,14 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=T > 1, scale=scoring.scale, enable_gqa=grouped
         )
+    # scores that no fused kernel computes are made again backward rather than kept
+    recompute = cheaply if scoring.softcap is not None else lambda function, *inputs: function(*inputs)
     pieces, start = [], S - T
     for chunk in query.split(CHUNK_QUERIES, dim=2):
         end = start + chunk.shape[2]
         first = max(0, start + 1 - window)  # the first key that the chunk's first query sees
-        pieces.append(_masked_attention(chunk, key[:, :, first:end], value[:, :, first:end], start, first, scoring))
+        attend = partial(_masked_attention, start=start, first=first, scoring=scoring)
+        pieces.append(recompute(attend, chunk, key[:, :, first:end], value[:, :, first:end]))
         start = end
     return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lit_sft.args import LoRAArgs
 from lit_sft.model import GPT, MoE
 from lit_sft.quantize import QuantizedLinear
+from lit_sft.recompute import cheaply
 
 ADAPTER_KEYS = ("lora_A", "lora_B")
 
@@ -25,15 +26,17 @@ class LoRALinear(nn.Module):
         self,
         base: nn.Linear | QuantizedLinear,
         args: LoRAArgs,
-        dropout: Callable[[Tensor, int], Tensor],
+        dropout: Callable[[Tensor, Tensor], Tensor] | None,
         number: int,
     ) -> None:
         super().__init__()
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
         self.scaling = args.lora_alpha / args.lora_r
-        self.dropout, self.number = dropout, number
+        self.dropout = dropout
         stored = base.weight if isinstance(base, nn.Linear) else torch.empty(0, device=next(base.buffers()).device)
+        # a tensor, for which a compiled block need not be compiled anew in each layer
+        self.register_buffer("number", torch.tensor(number, device=stored.device), persistent=False)
         kept = {"device": stored.device, "dtype": torch.promote_types(stored.dtype, torch.float32)}
         self.lora_A = nn.Parameter(torch.zeros(args.lora_r, base.in_features, **kept))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, args.lora_r, **kept))
@@ -48,9 +51,14 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        dropped = self.dropout(x, self.number) if self.training else x
-        low_rank = F.linear(dropped, self.lora_A.to(x.dtype)) * self.scaling
-        return self.base(x) + F.linear(low_rank, self.lora_B.to(x.dtype))
+        dropped = cheaply(self._drop, x) if self.training and self.dropout is not None else x
+        low_rank = F.linear(dropped, self.lora_A.to(x.dtype))
+        y = self.base(x)
+        product = self.lora_B.to(y.dtype).T
+        return torch.addmm(y.flatten(0, -2), low_rank.flatten(0, -2), product, alpha=self.scaling).view(y.shape)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return self.dropout(x, self.number)
 
     def delta(self) -> Tensor:
         """What the adapter adds to the weight: (out, in), in the adapter's dtype."""
@@ -68,7 +76,7 @@ class ExampleDropout:
         self.p, self.seed = p, seed
         self.token_keys: Tensor | None = None
 
-    def of_expert(self, mixture: MoE, expert: int) -> Callable[[Tensor, int], Tensor]:
+    def of_expert(self, mixture: MoE, expert: int) -> Callable[[Tensor, Tensor], Tensor]:
         """The same dropout for the layers of one expert, which see the tokens that the router chose for it."""
         return lambda x, number: self(x, number, mixture.tokens_of[expert])
 
@@ -81,10 +89,8 @@ class ExampleDropout:
         positions = torch.cat([torch.arange(n) for n in lengths])
         self.token_keys = _mix(example_keys + positions).to(device)
 
-    def __call__(self, x: Tensor, number: int, tokens: Tensor | None = None) -> Tensor:
-        """Drop from x (1, T, C), a row, or (N, C), the ``tokens`` (N,) of it, with the mask of layer ``number``."""
-        if self.p == 0:
-            return x
+    def __call__(self, x: Tensor, number: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Drop from x (1, T, C), a row, or (N, C), the ``tokens`` (N,) of it, with the mask of layer ``number`` ()."""
         keys = self.token_keys if self.token_keys is None or tokens is None else self.token_keys[tokens]
         if keys is None or x.shape[-2] != len(keys):
             raise RuntimeError("LoRA dropout was given tokens of a row that begin_row did not announce")
@@ -108,7 +114,6 @@ def apply_lora(model: GPT, args: LoRAArgs, seed: int) -> ExampleDropout:
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     dropout = ExampleDropout(args.lora_dropout, seed)
-    none = ExampleDropout(0.0, seed)  # the head sees only the labelled rows of a row, and is not dropped from
     parts = args.parts()
     wanted = [name for name in ("query", "key", "value", "projection") if parts[name]]
     wanted += ["gate", "up", "down"] if parts["mlp"] else []
@@ -120,7 +125,9 @@ def apply_lora(model: GPT, args: LoRAArgs, seed: int) -> ExampleDropout:
         if child in wanted:
             mixture, _, expert = parent.rpartition(".experts.")
             own = dropout.of_expert(mixtures[mixture], int(expert)) if mixture else dropout
-            adapted = LoRALinear(base, args, none if child == "lm_head" else own, number)
+            # the head sees only the labelled positions of a row, and is not dropped from
+            own = None if child == "lm_head" or args.lora_dropout == 0 else own
+            adapted = LoRALinear(base, args, own, number)
             adapted.reset_adapter(generator)
             setattr(model.get_submodule(parent), child, adapted)
     return dropout

@@ -3,6 +3,7 @@
 Letters of shapes: B batch, T time (tokens), C channels (n_embd), H heads, G key/value heads, D head size.
 """
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_sft.attention import Layout, Scoring, causal_attention, packed_attention
 from lit_sft.config import ModelConfig
+from lit_sft.recompute import cheaply, recomputing
 from lit_sft.rope import rotate, rotations, turned_anew
 
 Rotation = tuple[Tensor, Tensor]
@@ -29,12 +31,20 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.checkpoint_every = 0
         """In training one of so many blocks keeps only its input, and is computed again backward; 0: none does."""
+        self.compiled = False
         self.tie_weights()
 
     def tie_weights(self) -> None:
         """Let head and embedding share one tensor where the config says so; needed again after assigning weights."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
+
+    def compile_blocks(self) -> None:
+        """Compile each block for rows of any length; attention stays what it is, a kernel of its own."""
+        for block in self.blocks:
+            block.attn.attend = torch.compiler.disable(packed_attention)
+            block.compile(dynamic=True)
+        self.compiled = True
 
     def forward(self, input_ids: Tensor, cache: "KVCache | None" = None) -> Tensor:
         """Logits (B, T, vocab_size) of input_ids (B, T) int64; with a cache the tokens continue what it holds."""
@@ -60,13 +70,15 @@ class GPT(nn.Module):
         if self.config.embedding_scale != 1:
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded, as where it was trained
         turns, local_turns = self._rotations(x, layout, cache)
+        keep_less = nullcontext if self.compiled or not self.training else recomputing
         for layer, block in enumerate(self.blocks):
             rotation = local_turns if block.attn.scoring.window else turns
             own_cache = cache.layer(layer) if cache is not None else None
             if self.checkpoint_every and self.training and layer % self.checkpoint_every == 0:
                 x = checkpoint(block, x, rotation, layout, own_cache, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, rotation, layout, own_cache)
+                with keep_less():
+                    x = block(x, rotation, layout, own_cache)
         if cache is not None:
             cache.length += input_ids.shape[1]
         return self.norm_f(x)
@@ -111,12 +123,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, layout: Layout | None, cache: "LayerCache | None") -> Tensor:
         """(B, T, C) → (B, T, C)."""
-        normed = self.norm_1(x)
-        attended = self.post_norm_1(self.attn(normed, rotation, layout, cache))
+        normed = cheaply(self.norm_1, x)
+        attended = cheaply(self.post_norm_1, self.attn(normed, rotation, layout, cache))
         if self.parallel:
-            return x + (attended + self.post_norm_2(self.mlp(normed if self.shared_norm else self.norm_2(x))))
+            normed = normed if self.shared_norm else cheaply(self.norm_2, x)
+            return x + (attended + cheaply(self.post_norm_2, self.mlp(normed)))
         x = x + attended
-        return x + self.post_norm_2(self.mlp(self.norm_2(x)))
+        return x + cheaply(self.post_norm_2, self.mlp(cheaply(self.norm_2, x)))
 
 
 class CausalSelfAttention(nn.Module):
@@ -139,19 +152,20 @@ class CausalSelfAttention(nn.Module):
             softcap=config.attention_softcap,
             alibi=config.alibi,
         )
+        self.attend = packed_attention
 
     def forward(self, x: Tensor, rotation: Rotation, layout: Layout | None, cache: "LayerCache | None") -> Tensor:
         """(B, T, C) → (B, T, C)."""
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.full_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
+            query, key = cheaply(self.query_norm, query), cheaply(self.key_norm, key)
         query, key, value = (y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in (query, key, value))
         if not self.full_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
+            query, key = cheaply(self.query_norm, query), cheaply(self.key_norm, key)
         if self.has_rope:
             query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is None:
-            mixed = packed_attention(query, key, value, layout, self.scoring)
+            mixed = self.attend(query, key, value, layout, self.scoring)
         else:
             mixed = causal_attention(query, *cache.extend(key, value), self.scoring)
         return self.projection(mixed.transpose(1, 2).flatten(2))
@@ -172,8 +186,11 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) → (…, C)."""
         if self.gate is None:
-            return self.down(self.activation(self.up(x)))
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+            return self.down(cheaply(self.activation, self.up(x)))
+        return self.down(cheaply(self._gated, self.gate(x), self.up(x)))
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.activation(gate) * up
 
 
 class MoE(nn.Module):
@@ -201,7 +218,8 @@ class MoE(nn.Module):
         out = torch.zeros_like(flat)
         for expert, (tokens, place) in zip(self.experts, picks, strict=True):
             if len(tokens):
-                out = out.index_add(0, tokens, expert(flat[tokens]) * shares[tokens, place, None])
+                own = cheaply(partial(torch.index_select, dim=0, index=tokens), flat)
+                out = out.index_add(0, tokens, expert(own) * shares[tokens, place, None])
         return out.view_as(x)
 
 

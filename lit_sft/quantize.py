@@ -16,7 +16,7 @@ FP8_MOST = torch.finfo(FP8_DTYPE).max
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear layer that computes ``product(x)`` from fewer bits, and ``product_back(grad)`` backward."""
+    """A frozen linear layer whose weights are held in fewer bits."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        y = _FrozenProduct.apply(x, self)
+        y = self.product(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -46,11 +46,7 @@ class NF4Linear(QuantizedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        return F.linear(x, self.weight(x.dtype))
-
-    def product_back(self, grad: Tensor) -> Tensor:
-        """(…, out) → (…, in)."""
-        return grad @ self.weight(grad.dtype)
+        return _NF4Product.apply(x, self)
 
 
 class FP8Linear(QuantizedLinear):
@@ -68,12 +64,37 @@ class FP8Linear(QuantizedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        return _scaled_product(x, self.bits.T, self.scale)
+        return _FP8Product.apply(x, self.bits, self.scale)
 
-    def product_back(self, grad: Tensor) -> Tensor:
-        """(…, out) → (…, in). The weights' scales are folded into ``grad``, since the sum now runs over their rows."""
-        columns = self.bits.T.contiguous().T  # the second operand's sums must run along memory
-        return _scaled_product(grad * self.scale.to(grad.dtype), columns, self.scale.new_ones(1, self.in_features))
+
+class _NF4Product(torch.autograd.Function):
+    """A product with weights that are widened for it and again for its gradient: only the bits are kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: NF4Linear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.weight(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.weight(grad.dtype), None
+
+
+class _FP8Product(torch.autograd.Function):
+    """A product with frozen FP8 weights ``bits`` (out, in), scaled by ``scale`` (1, out); the input is not kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(bits, scale)
+        return _scaled_product(x, bits.T, scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        bits, scale = ctx.saved_tensors
+        # the weights' scales are folded into grad, since the sum now runs over their rows
+        columns = bits.T.contiguous().T  # the second operand's sums must run along memory
+        ones = scale.new_ones(1, bits.shape[1])
+        return _scaled_product(grad * scale.to(grad.dtype), columns, ones), None, None
 
 
 def _scaled_product(x: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
@@ -88,19 +109,6 @@ def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """``x`` (N, K) as FP8, and the scales (N, 1) in fp32 that bring it back: each row uses the whole range."""
     scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / FP8_MOST
     return (x.float() / scale).to(FP8_DTYPE), scale
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """A product with a frozen matrix: nothing of the input is kept for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, layer: NF4Linear | FP8Linear) -> Tensor:
-        ctx.layer = layer
-        return layer.product(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.product_back(grad), None
 
 
 def quantized(weight: Tensor, kind: str) -> QuantizedLinear:

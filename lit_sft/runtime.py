@@ -19,6 +19,11 @@ from lit_sft.errors import InputError, stops, words
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+# what torch's library for a CPU's bfloat16 products (oneDNN) keeps for each shape it has met: 1,024 times of megabytes
+# by default, and rows have many lengths; read when the first product is computed
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
 T = TypeVar("T")
 BASE_DTYPE = {
     "32-true": torch.float32,

@@ -102,4 +102,4 @@ def test_checkpointed_blocks_have_the_same_gradients(every: int) -> None:
         calls.append(len(seen))
     assert calls == [3, 3 + len(range(0, 3, every))]
     for name, gradient in gradients[0].items():
-        assert torch.equal(gradient, gradients[1][name]), name
+        assert (gradient - gradients[1][name]).norm() <= 1e-12 * gradient.norm(), name
