@@ -1,5 +1,6 @@
 """Hub checkpoint → ours: names and nothing else change, one tensor in memory at a time."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,8 @@ from lit_sft.layout import HF_CONFIG, read_json, resolve_checkpoint_dir
 from lit_sft.model import GPT
 from lit_sft.weights import SAFETENSORS_NAMES, Weight, write_checkpoint
 
+QUANTIZED = "quantized checkpoints do not convert; take the unquantized weights"
+
 
 def convert_checkpoint(args: ConvertArgs) -> Path:
     """Add our weights, config and manifest to a downloaded checkpoint_dir; gives the directory.
@@ -26,17 +29,41 @@ def convert_checkpoint(args: ConvertArgs) -> Path:
     Raises InputError, having written nothing, when a weight is missing, unknown or of the wrong shape.
     """
     directory = resolve_checkpoint_dir(args.checkpoint_dir)
-    hf_config = read_json(directory / HF_CONFIG)
-    family = find_family(hf_config)
-    config = family.read_config(hf_config)
+    hf_config, source = read_json(directory / HF_CONFIG), source_weights(directory)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    weights = to_lit(source_weights(directory), family, config, dtype)
+    try:
+        family = find_family(hf_config)
+        told = family.read_config(hf_config)
+        config = with_vocabulary_of(source, family, told)
+        weights = to_lit(source, family, config, dtype)
+    except InputError as error:
+        raise InputError(f"{directory}: {error}") from None
+    if config != told:
+        print(f"notice: {vocabulary_note(told, config)}")
     with lock(directory), renewing(directory, "lit_model*") as folder:
         write_checkpoint(folder, config, weights, {"family": family.name})
     n_parameters = sum(torch.Size(w.shape).numel() for w in weights)
     dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in weights})
     print(f"{directory}: {family.name}, {n_parameters:,} parameters, {', '.join(dtypes)}, context {config.block_size}")
     return directory
+
+
+def with_vocabulary_of(source: list[Weight], family: Family, config: ModelConfig) -> ModelConfig:
+    """``config`` with as many ids as the embedding has rows: fine-tunes add tokens, and some forget config.json.
+
+    As it was where the head has other rows than the embedding, which ``to_lit`` refuses by name.
+    """
+    names, rows = family.names(config), set()
+    for weight in source:
+        target = (names.find(weight.name) or [None])[0]
+        if target in ("wte.weight", "lm_head.weight") and weight.shape[1:] == (config.n_embd,):
+            rows.add(weight.shape[0])
+    return replace(config, vocab_size=rows.pop()) if len(rows) == 1 and min(rows) > 0 else config
+
+
+def vocabulary_note(told: ModelConfig, config: ModelConfig) -> str:
+    """What is said where config.json and the weights differ."""
+    return f"config.json says vocab_size {told.vocab_size}, the embedding has {config.vocab_size} rows, which are taken"
 
 
 def source_weights(directory: Path) -> list[Weight]:
@@ -47,7 +74,9 @@ def source_weights(directory: Path) -> list[Weight]:
     ):
         if (directory / index).is_file():
             weight_map = read_json(directory / index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            if not (
+                isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())
+            ):
                 raise InputError(f"{directory / index} has no weight_map of names to files")
             names = sorted(set(weight_map.values()))
         elif (directory / single).is_file():
@@ -79,7 +108,7 @@ def open_safetensors(path: Path) -> Iterator[Weight]:
         entry = file.get_slice(name)
         dtype = next((d for d, text in SAFETENSORS_NAMES.items() if text == entry.get_dtype()), None)
         if dtype is None:
-            raise InputError(f"{path}: weight {name!r} is stored as {entry.get_dtype()}, which is not supported")
+            raise InputError(f"{path}: weight {name!r} is stored as {entry.get_dtype()}: {QUANTIZED}")
         # opened anew for each tensor: the pages of what was read before are given back
         yield Weight(name, tuple(entry.get_shape()), dtype, lambda n=name: _get_tensor(path, n))
 
@@ -99,7 +128,9 @@ def open_pickle(path: Path) -> Iterator[Weight]:
                 raise
             content = torch.load(path, weights_only=True, map_location="cpu")  # before torch 1.6: no zip, no mapping
     except Exception as error:
-        reason = str(error).split("\n")[0]
+        # not torch's advice to load it all the same
+        calls, said = (re.search(pattern, str(error)) for pattern in (r"GLOBAL (\S+)", r"error:\s+(\S.*)"))
+        reason = f"it calls {calls[1]}" if calls else said[1] if said else str(error).split("\n")[0]
         raise InputError(f"{path} holds more than weights, or is damaged; it was not run ({reason})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not tensors by name")
@@ -137,9 +168,7 @@ def to_lit(source: list[Weight], family: Family, config: ModelConfig, dtype: tor
             _check_tied(weight, source, names)
             continue
         if weight.dtype not in SAFETENSORS_NAMES:
-            raise InputError(
-                f"weight {weight.name!r} is stored as {weight.dtype}: quantized checkpoints do not convert"
-            )
+            raise InputError(f"weight {weight.name!r} is stored as {weight.dtype}: {QUANTIZED}")
         if isinstance(target, Stacked):
             rows.setdefault(target.name.format(*numbers), {})[int(numbers[-1])] = weight
             continue

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -10,7 +10,14 @@ import torch
 from lit_sft.args import DoctorArgs
 from lit_sft.atomic import Manifest
 from lit_sft.config import ModelConfig
-from lit_sft.convert import open_safetensors, source_weights, to_lit, weight_shapes
+from lit_sft.convert import (
+    open_safetensors,
+    source_weights,
+    to_lit,
+    vocabulary_note,
+    weight_shapes,
+    with_vocabulary_of,
+)
 from lit_sft.errors import InputError
 from lit_sft.families import find_family
 from lit_sft.families.family import Family
@@ -84,6 +91,7 @@ def _model(directory: Path, found: Findings) -> ModelConfig | None:
     architecture = ", ".join(hf_config.get("architectures") or [f"model_type {hf_config.get('model_type')}"])
     found.lines["family"] = f"{family.name} ({architecture})"
     config, fields = family.read_fields(hf_config)
+    config = _fitted(directory, family, config, found)
     found.lines["shape"] = ", ".join(f"{name} {getattr(config, name)}" for name in SHAPE)
     plain = asdict(ModelConfig(**{name: getattr(config, name) for name in SHAPE}))
     switches = [f"{name} {_short(value)}" for name, value in asdict(config).items() if value != plain[name]]
@@ -94,6 +102,20 @@ def _model(directory: Path, found: Findings) -> ModelConfig | None:
         found.lines["not read"] = ", ".join(unread)
     with found.part():
         _weights(directory, family, config, found)
+    return config
+
+
+def _fitted(directory: Path, family: Family, told: ModelConfig, found: Findings) -> ModelConfig:
+    """With as many ids as the weights have; as told where they cannot be read, which is said by who looks at them."""
+    try:
+        if (directory / MANIFEST).is_file():
+            config = replace(told, vocab_size=ModelConfig.from_dir(directory).vocab_size)
+        else:
+            config = with_vocabulary_of(source_weights(directory), family, told)
+    except InputError:
+        return told
+    if config != told:
+        found.suspicious.append(vocabulary_note(told, config))
     return config
 
 

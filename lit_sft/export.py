@@ -129,6 +129,8 @@ def _hf_config(source: Source) -> dict:
     """The original config.json in today's spelling, with what has changed since: the head's tie, the precision."""
     config = source.family.exported_config(read_json(source.directory / HF_CONFIG))
     config["tie_word_embeddings"] = source.config.tie_embeddings
+    if config.get("vocab_size", source.config.vocab_size) != source.config.vocab_size:
+        config["vocab_size"] = source.config.vocab_size
     dtypes = _dtypes(source.weights)
     if "," not in dtypes:
         config["dtype" if "dtype" in config else "torch_dtype"] = dtypes
@@ -156,6 +158,8 @@ def convert_lit_checkpoint(args: ConvertLitArgs) -> Path:
     given, out = Path(args.checkpoint_path), check_new(args.output_path, "output_path")
     if given.suffix in PICKLES:
         raise InputError(f"--checkpoint_path {given} is a file of Lit-GPT itself; give a checkpoint_dir of lit_sft")
+    if given.suffix == ".safetensors" and not given.is_file():
+        raise InputError(f"--checkpoint_path {given} is not there; give a converted checkpoint's folder")
     source = open_source(str(given.parent if given.suffix == ".safetensors" else given), None, None)
     if out.suffix not in (*PICKLES, ".safetensors"):
         _export_directory(source, out)

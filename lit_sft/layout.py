@@ -78,6 +78,12 @@ def check_checkpoint_dir(path: str | Path) -> Path:
     missing = [name for name in (MODEL_CONFIG, MANIFEST) if not (directory / name).is_file()]
     if missing and (directory / MODEL_DIR / MANIFEST).is_file():
         raise InputError(f"{directory} is a run; its model is {directory / MODEL_DIR}")
+    adapters = (directory / ADAPTER_CONFIG, directory / ADAPTER_DIR / ADAPTER_CONFIG)
+    if missing and any(path.is_file() for path in adapters) and not (directory / HF_CONFIG).is_file():
+        raise InputError(
+            f"{directory} is a LoRA adapter, not a checkpoint; give it as --lora_path, or merge it: "
+            f"python scripts/merge_lora.py --lora_path {directory} --out_dir DIR"
+        )
     if missing:
         raise InputError(
             f"{directory} is not a converted checkpoint: {' and '.join(missing)} missing; "

@@ -65,6 +65,8 @@ def import_peft(args: ImportPeftArgs) -> Path:
     """
     out_dir = check_new(args.out_dir, "out_dir")
     folder, base = Path(args.peft_dir), check_checkpoint_dir(args.checkpoint_dir)
+    if not (folder / PEFT_CONFIG).is_file():
+        raise InputError(f"--peft_dir {folder} holds no {PEFT_CONFIG}; give the folder that peft saved")
     config = read_json(folder / PEFT_CONFIG)
     _check(config, folder / PEFT_CONFIG)
     names, shapes = names_of(base)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_sft.args import ConvertArgs
 from lit_sft.checkpoint import load_model
+from lit_sft.config import ModelConfig
 from lit_sft.convert import convert_checkpoint, source_weights
 from lit_sft.errors import InputError, RunFailed
 from lit_sft.layout import HF_CONFIG, MANIFEST, read_json, resolve_checkpoint_dir
@@ -83,6 +84,9 @@ def _compare(directory: Path, hf_config: Any, dtype: torch.dtype | None) -> tupl
     """The largest difference of two logits, and the largest logit."""
     from transformers import AutoModelForCausalLM
 
+    rows = ModelConfig.from_dir(directory).vocab_size
+    if hf_config.get_text_config().vocab_size != rows:
+        hf_config.get_text_config().vocab_size = rows  # transformers does not load weights of another size
     with torch.no_grad():
         reference = AutoModelForCausalLM.from_pretrained(
             directory, config=hf_config, dtype=torch.float32, trust_remote_code=False, local_files_only=True

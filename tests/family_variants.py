@@ -76,6 +76,7 @@ VARIANTS = {
         {"rotary_pct": 0.5, "rotary_emb_base": 500, "hidden_act": "gelu_new", "tie_word_embeddings": True},
         {
             "theta": {"rope_theta": 1e4},
+            "tied": {"tie_embeddings": False},
             "gelu": {"activation": "silu"},
             "biases of attention": {"qkv_bias": False, "projection_bias": False},
             "biases of the MLP": {"mlp_bias": False},
@@ -92,7 +93,12 @@ VARIANTS = {
     "falcon 7b": Variant(
         "falcon",
         {"num_kv_heads": 4},
-        {"parallel": {"parallel_residual": False, "shared_norm": False}, "exact gelu": {"activation": "gelu_tanh"}},
+        {
+            "parallel": {"parallel_residual": False, "shared_norm": False},
+            "exact gelu": {"activation": "gelu_tanh"},
+            "tied": {"tie_embeddings": False},
+            "mean of norms": {"norm": "rms"},
+        },
     ),
     "falcon 7b of RefinedWebModel": Variant(
         "falcon",
@@ -162,7 +168,7 @@ VARIANTS = {
     "stablelm 2 1.6b": Variant(
         "stablelm",
         {"num_key_value_heads": 2, "use_qkv_bias": True, "tie_word_embeddings": True},
-        {"biases of query, key and value": {"qkv_bias": False}},
+        {"biases of query, key and value": {"qkv_bias": False}, "tied": {"tie_embeddings": False}},
     ),
     "stablelm 2 12b": Variant(
         "stablelm",
@@ -186,6 +192,7 @@ VARIANTS = {
             "parallel": {"parallel_residual": False, "shared_norm": False},
             "shared norm": {"shared_norm": False},
             "biases of norms": {"norm_bias": False},
+            "mean of norms": {"norm": "rms"},
             "silu": {"activation": "gelu"},
         },
     ),
@@ -237,6 +244,7 @@ VARIANTS = {
         | {"rope_parameters": longrope(6, partial_rotary_factor=0.75)},
         {
             "long factors": {"rope_long_factors": tuple(1.0 + i / 3 for i in range(6))},
+            "tied": {"tie_embeddings": False},
             "stretch": {"rope_attention_factor": 1.0},
             "longrope": {"rope_type": "default"},
             "rotary share": {"rotary_size": None, "rope_type": "default"},
@@ -321,6 +329,7 @@ GEMMA2_OFF = {
     "attention soft-cap": {"attention_softcap": None},
     "logits soft-cap": {"logits_softcap": None},
     "window": {"sliding_layers": ()},
+    "its size": {"sliding_window": 25},
     "which layers": {"sliding_layers": (False, True)},
 }
 GEMMA3 = {**GEMMA, "num_hidden_layers": 3, "query_pre_attn_scalar": 40, "sliding_window": 24}
@@ -331,6 +340,7 @@ GEMMA3_OFF = {
     "post norms": {"post_norm": False},
     "attention scale": {"attention_scale": None},
     "window": {"sliding_layers": ()},
+    "its size": {"sliding_window": 25},
     "local theta": {"rope_local_theta": None},
     "theta": {"rope_theta": 1e4},
 }
@@ -390,7 +400,12 @@ VARIANTS |= {
         {"tied": {"tie_embeddings": False}},
         old_spelling(),
     ),
-    "qwen2 yarn": Variant("qwen2", QWEN2 | rope("yarn", 1e6, **YARN), SCALING_OFF, old_spelling()),
+    "qwen2 yarn": Variant(
+        "qwen2",
+        QWEN2 | rope("yarn", 1e6, **YARN),
+        {**SCALING_OFF, "factor": {"rope_factor": 2.0}, "stretch": {"rope_attention_factor": 1.0}},
+        old_spelling(),
+    ),
     "qwen2 window": Variant("qwen2", QWEN2 | SLIDING, SLIDING_OFF),
     "qwen2 window, old spelling": Variant("qwen2", QWEN2 | SLIDING, SLIDING_OFF, old_spelling()),
     "qwen2 window unused": Variant(
@@ -408,7 +423,9 @@ VARIANTS |= {
         MOE | {"norm_topk_prob": False},
         {"shares": {"normalize_experts": True}, "top": {"n_expert_per_token": 1}},
     ),
-    "qwen3-moe window": Variant("qwen3_moe", MOE | SLIDING, {"window": {"sliding_layers": ()}}),
+    "qwen3-moe window": Variant(
+        "qwen3_moe", MOE | SLIDING, {"window": {"sliding_layers": ()}, "its size": {"sliding_window": 25}}
+    ),
     "gemma": Variant("gemma", GEMMA, GEMMA_OFF),
     "gemma, old spelling": Variant("gemma", GEMMA, GEMMA_OFF, old_spelling(hidden_act="gelu", hidden_activation=None)),
     "gemma2": Variant("gemma2", GEMMA2, GEMMA2_OFF),
@@ -462,6 +479,7 @@ VARIANTS |= {
         },
         {
             "window": {"sliding_layers": ()},
+            "its size": {"sliding_window": 25},
             "which layers": {"sliding_layers": (True, False)},
             "mlp bias": {"mlp_bias": False},
             "attention bias": {"qkv_bias": False, "projection_bias": False},

@@ -10,9 +10,10 @@ from conftest import make_hf_llama
 from safetensors.torch import load_file, save_file
 
 from lit_sft import load_model, weights
-from lit_sft.args import ConvertArgs
+from lit_sft.args import ConvertArgs, ExportHFArgs
 from lit_sft.convert import convert_checkpoint
 from lit_sft.errors import InputError
+from lit_sft.export import export_hf
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -129,6 +130,35 @@ def test_tied_head_in_the_file_must_be_the_embedding(tmp_path: Path) -> None:
         convert_dir(tmp_path)
 
 
+@pytest.mark.parametrize("said", [390, 512])
+@pytest.mark.parametrize("tied", [False, True])
+def test_sizes_are_those_of_the_tensors_where_a_fine_tune_added_tokens(
+    tmp_path: Path, said: int, tied: bool, capsys: pytest.CaptureFixture
+) -> None:
+    """What is exported then says the size that it has, so that transformers loads it."""
+    from transformers import LlamaForCausalLM
+
+    reference = make_hf_llama(tmp_path / "hub", tie_word_embeddings=tied)
+    path = tmp_path / "hub" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": said}))
+    base = convert_checkpoint(ConvertArgs(checkpoint_dir=str(tmp_path / "hub")))
+    assert f"says vocab_size {said}, the embedding has 400 rows, which are taken" in capsys.readouterr().out
+    ids = torch.arange(400)[None]
+    with torch.no_grad():
+        logits = load_model(base)(ids)
+        assert logits.shape[-1] == 400 and (logits - reference(ids).logits).abs().max() < 1e-5
+        out = export_hf(ExportHFArgs(checkpoint_dir=str(base), out_dir=str(tmp_path / "out")))
+        assert torch.equal(LlamaForCausalLM.from_pretrained(out).eval()(ids).logits, reference(ids).logits)
+
+
+def test_head_and_embedding_must_agree_on_the_vocabulary(tmp_path: Path) -> None:
+    make_hf_llama(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"lm_head.weight": torch.ones(401, 64)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"'lm_head\.weight' has shape \(401, 64\); config.json asks for \(400, 64\)"):
+        convert_dir(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -164,13 +194,16 @@ def test_unmapped_and_missing_weights_are_named_and_fatal(tmp_path: Path, change
         ({"sliding_window": 64}, "sliding_window = 64 is not supported for the Llama family"),
         ({"rope_parameters": {"rope_type": "linear"}}, "lacks 'factor'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"hidden_size": "64"}, "hidden_size|wrong type|n_embd"),
-        ({"num_hidden_layers": 0}, "n_layer"),
+        ({"quantization_config": {"bits": 4}}, "take the unquantized weights"),
+        ({"hidden_size": "64"}, "hidden_size is '64'; it must be a positive integer"),
+        ({"head_dim": 16.0}, r"head_dim is 16\.0; it must be a positive integer"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be a positive integer"),
+        ({"rope_parameters": None, "rope_scaling": "linear"}, "rope_scaling is 'linear'; it must be an object"),
         ({"num_key_value_heads": 3}, "not a multiple"),
         ({"vocab_size": None}, "vocab_size"),
         ({"vocab_size": 10**22}, "vocab_size is .* at most"),
         ({"num_hidden_layers": 10**9}, "n_layer is .* at most 10,000"),
-        ({"num_attention_heads": 0}, "wrong type or value|n_head is 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be a positive integer"),
         ({"rms_norm_eps": "x"}, "norm_eps is 'x'"),
         ({"rms_norm_eps": float("nan")}, "norm_eps is nan"),
         ({"rope_parameters": {"rope_theta": "x"}}, "wrong type or value"),
@@ -184,8 +217,9 @@ def test_unsupported_config_fields_are_named(tmp_path: Path, fields: dict, messa
     make_hf_llama(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | fields
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as refusal:
         convert_dir(tmp_path)
+    assert str(refusal.value).startswith(str(tmp_path))  # of which checkpoint
     assert not (tmp_path / "manifest.json").exists()
 
 
@@ -215,12 +249,12 @@ def test_a_hostile_pickle_is_not_run(tmp_path: Path) -> None:
     make_hf_llama(tmp_path)
     canary = tmp_path.parent / "canary"
     (tmp_path / "model.safetensors").unlink()
-    for write in (
-        lambda p: torch.save({"x": Hostile(canary)}, p),
-        lambda p: p.write_bytes(pickle.dumps(Hostile(canary))),
+    for write, reason in (
+        (lambda p: torch.save({"x": Hostile(canary)}, p), r"it calls \S+"),
+        (lambda p: p.write_bytes(pickle.dumps(Hostile(canary))), "Unsupported operand 149"),
     ):
         write(tmp_path / "pytorch_model.bin")
-        with pytest.raises(InputError, match="it was not run"):
+        with pytest.raises(InputError, match=rf"it was not run \({reason}\)$"):  # and no advice to run it
             convert_dir(tmp_path)
     assert not canary.exists()
 
@@ -241,6 +275,7 @@ def test_truncated_safetensors(tmp_path: Path, kept: int) -> None:
         ({"model.norm.weight": "gone.safetensors"}, "gone.safetensors is missing"),
         ({"model.nothing": "model.safetensors"}, "promises 'model.nothing'"),
         ("text", "no weight_map"),
+        ({}, "no weight_map"),
     ],
 )
 def test_an_index_that_lies(tmp_path: Path, weight_map: object, message: str) -> None:

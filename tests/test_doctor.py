@@ -205,6 +205,11 @@ def converted(spoil: Callable[[Path], None]) -> Callable[[Path], None]:
         (lambda d: (d / "chat_template.jinja").write_text("{{ raise_exception('never so') }}"), "never so"),
         (mixed, r"weights are bfloat16 and float32 \(model.norm.weight is bfloat16\); convert with --dtype"),
         (lambda d: edit(d / "adapter_config.json", peft_type="LORA"), "adapter_config.json is an adapter of peft"),
+        (lambda d: edit(d / "config.json", vocab_size=390), "says vocab_size 390, the embedding has 400 rows"),
+        (
+            converted(lambda d: edit(d / "config.json", vocab_size=390)),
+            "says vocab_size 390, the embedding has 400 rows",
+        ),
         (converted(remove("manifest.json")), "of a conversion that did not end; run: python scripts/convert"),
         (
             converted(lambda d: edit(d / "config.json", rms_norm_eps=1e-3)),
@@ -226,7 +231,10 @@ def test_what_is_suspicious(made: Path, doctor: Callable, spoil: Callable, messa
     [
         (lambda d: (d / "lit_model.safetensors").write_bytes(b"x"), "lit_model.safetensors has 1 bytes, not"),
         (lambda d: edit(d / "model_config.json", n_layer=3), "model_config.json"),
-        (lambda d: edit(d / "config.json", vocab_size=401), "are not those that config.json asks for; run: python"),
+        (
+            lambda d: edit(d / "config.json", intermediate_size=97),
+            "are not those that config.json asks for; run: python",
+        ),
     ],
 )
 def test_a_conversion_that_was_damaged(made: Path, doctor: Callable, spoil: Callable, message: str) -> None:

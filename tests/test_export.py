@@ -176,6 +176,14 @@ def test_lit_gpts_way_back(tmp_path: Path, kind: str) -> None:
         assert_same(load_file(out) if kind == ".safetensors" else torch.load(out, weights_only=True), original)
 
 
+@pytest.mark.parametrize("name", ["gone.safetensors", "gone/lit_model.safetensors"])
+def test_weights_that_are_not_there(checkpoint: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    given = checkpoint() / name
+    with pytest.raises(InputError, match=f"--checkpoint_path .*{name} is not there"):
+        convert_lit_checkpoint(ConvertLitArgs(checkpoint_path=str(given), output_path=str(tmp_path / "x.bin")))
+    assert not (tmp_path / "x.bin").exists()
+
+
 def test_lit_gpts_own_file_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a file of Lit-GPT itself"):
         convert_lit_checkpoint(ConvertLitArgs(checkpoint_path=str(checkpoint() / "lit_model.pth"), output_path="x.bin"))

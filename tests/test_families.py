@@ -90,6 +90,24 @@ def test_a_packed_row_has_the_logits_transformers_gives_each_example(tmp_path: P
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+def test_a_shared_prefix_has_the_logits_transformers_gives_each_example(tmp_path: Path, name: str) -> None:
+    """Three examples begin with 28 tokens that the row holds once, two of them with 6 more; the windows end in between.
+
+    None is longer than the context before longrope's scaling: beyond it tokens are not shared.
+    """
+    reference = make_reference(tmp_path, VARIANTS[name])
+    model = load_model(convert_dir(tmp_path))
+    layout = Layout([28, 9, 6, 1, 10, 15], [None, 0, 0, 2, 2, None])
+    row = token_ids(sum(layout.lengths), batch=1)
+    with torch.no_grad():
+        shared = model.logits(model.hidden_states(row, layout))
+    logits, parts = shared.split(layout.lengths, 1), row.split(layout.lengths, 1)
+    for chain in layout.chains:
+        expected = logits_of(reference, torch.cat([parts[i] for i in chain], 1))
+        assert (torch.cat([logits[i] for i in chain], 1) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("chunks", [[1] * 40, [30, 1, 1, 8]])
 def test_decoding_with_the_cache_equals_the_full_forward(tmp_path: Path, name: str, chunks: list[int]) -> None:
     reference = make_reference(tmp_path, VARIANTS[name])

@@ -265,6 +265,13 @@ def test_tensors_of_something_else(tmp_path: Path, change: Callable, says: str) 
         imported(tmp_path / "peft", base, tmp_path / "ours", prompt_style="plain")
 
 
+@pytest.mark.parametrize("given", ["hub", "gone"])
+def test_a_folder_that_peft_did_not_save(tmp_path: Path, given: str) -> None:
+    _, base = base_of(tmp_path / "hub", "llama grouped-query")
+    with pytest.raises(InputError, match=f"--peft_dir .*{given} holds no adapter_config.json; give the folder"):
+        imported(tmp_path / given, base, tmp_path / "ours")
+
+
 def test_what_was_exported_for_another_base_is_refused(tmp_path: Path) -> None:
     _, base = base_of(tmp_path / "hub", "llama grouped-query")
     adapter_of(base, tmp_path / "adapter")

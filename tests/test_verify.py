@@ -46,6 +46,14 @@ def test_what_converts_right_is_said_to(
     load_model(tmp_path)
 
 
+def test_a_vocabulary_that_config_json_forgot(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    make_hf_llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 390}))
+    convert_verified(args(tmp_path))
+    assert "verified: 256 positions" in capsys.readouterr().out
+
+
 def test_what_was_trained_in_16_bits_is_compared_in_32(tmp_path: Path) -> None:
     make_hf_llama(tmp_path).half().save_pretrained(tmp_path)
     convert_verified(args(tmp_path))

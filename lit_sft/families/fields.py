@@ -58,6 +58,12 @@ NEUTRAL: dict[str, tuple] = {
     "use_rotary": (None, True),
 }
 """Fields that change the computation in some architecture, and the values, of a list each, with which they do not."""
+COUNTS = """
+    ffn_hidden_size head_dim hidden_size intermediate_size max_position_embeddings moe_intermediate_size n_embed n_head
+    n_head_kv n_layer num_attention_heads num_experts num_experts_per_tok num_heads num_hidden_layers
+    num_key_value_heads num_kv_heads num_local_experts vocab_size
+""".split()  # noqa: SIM905 (a list of that many lines)
+OBJECTS = {"rope_parameters", "rope_scaling"}
 
 
 class Fields:
@@ -70,7 +76,15 @@ class Fields:
     def get(self, *names: str, default: Any = None) -> Any:
         """The value of a field that may have several spellings; null is absent."""
         self.read |= set(names)
-        return next((self.content[name] for name in names if self.content.get(name) is not None), default)
+        name = next((name for name in names if self.content.get(name) is not None), None)
+        if name is None:
+            return default
+        value = self.content[name]
+        if name in COUNTS and (type(value) is not int or value < 1):
+            raise InputError(f"config.json: {name} is {value!r}; it must be a positive integer")
+        if name in OBJECTS and not isinstance(value, dict):
+            raise InputError(f"config.json: {name} is {value!r}; it must be an object")
+        return value
 
     def given(self, name: str, default: Any) -> Any:
         """The value as it stands, where null means something else than an absent field, which is ``default``."""
@@ -115,4 +129,5 @@ class Fields:
             value = self.content.get(name)
             values = value if isinstance(value, list) else [value]  # of each layer its own
             if name not in self.read and any(v not in neutral for v in values):
-                raise InputError(f"config.json: {name} = {value!r} is not supported for the {family} family")
+                hint = "; take the unquantized weights" if name.startswith("quantization") else ""
+                raise InputError(f"config.json: {name} = {value!r} is not supported for the {family} family{hint}")
