@@ -29,12 +29,14 @@ def main(args: FullTrainArgs) -> None:
     share = can_share_prefix(args, checkpoint_dir, train)
     train_steps = TrainSteps(train, args, fabric.world_size, fabric.global_rank, share)
     val_batches = ValRows(val, train_steps.row_tokens, fabric.world_size, fabric.global_rank, share)
-    args = resolve_args(args, checkpoint_dir, runtime.precision(fabric), train_steps)
+    args = resolve_args(args, checkpoint_dir, fabric, train_steps)
 
     with open_run(args, train, fabric) as state:
         # the model, all of it trained; 16-bit weights get fp32 masters
         model = checkpoint.load_model(checkpoint_dir, dtype=runtime.base_dtype(fabric), device=fabric.device)
         model.checkpoint_every = args.checkpoint_every
+        if args.compile:
+            model.compile_blocks()
         trained = optim.master_parameters(model)
         optimizer = optim.build_optimizer(model, trained, args)
         save = Saver(fabric, args, layout.TRAINED_WEIGHTS, trained, optimizer, {})

@@ -33,13 +33,15 @@ def main(args: LoRATrainArgs) -> None:
     share = can_share_prefix(args, checkpoint_dir, train)
     train_steps = TrainSteps(train, args, fabric.world_size, fabric.global_rank, share)
     val_batches = ValRows(val, train_steps.row_tokens, fabric.world_size, fabric.global_rank, share)
-    args = resolve_args(args, checkpoint_dir, runtime.precision(fabric), train_steps)
+    args = resolve_args(args, checkpoint_dir, fabric, train_steps)
 
     with open_run(args, train, fabric) as state:
         # the frozen base and the adapter that is trained beside it
         model = checkpoint.load_model(checkpoint_dir, None, runtime.base_dtype(fabric), fabric.device, args.quantize)
         model.checkpoint_every = args.checkpoint_every
         dropout = apply_lora(model, args, args.seed)
+        if args.compile:
+            model.compile_blocks()
         trained = optim.master_parameters(model)
         optimizer = optim.build_optimizer(model, trained, args)
 

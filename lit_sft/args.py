@@ -275,6 +275,7 @@ class TrainArgs(Args):
     activation_checkpointing: str = arg(
         "none", "blocks computed again backward, to save memory: none, all, or a number K for every K-th"
     )
+    compile: bool | None = arg(None, "compile the blocks, once for rows of any length (default: on CUDA)")
     max_seq_length: int | None = arg(None, "cut examples again, below the shards' length", "override_max_seq_length")
     learning_rate: float = arg(2e-4, "highest learning rate")
     lr_schedule: Literal["cosine", "linear", "constant"] = arg("cosine", "shape of the learning rate after warmup")

@@ -40,7 +40,10 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
 
     def compile_blocks(self) -> None:
-        """Compile each block for rows of any length; attention stays what it is, a kernel of its own."""
+        """Compile the blocks for rows of any length; attention stays what it is, a kernel of its own.
+
+        Blocks are alike, so all of them run what is compiled for one. Generation with a cache runs as it is written.
+        """
         for block in self.blocks:
             block.attn.attend = torch.compiler.disable(packed_attention)
             block.compile(dynamic=True)
@@ -77,8 +80,9 @@ class GPT(nn.Module):
             if self.checkpoint_every and self.training and layer % self.checkpoint_every == 0:
                 x = checkpoint(block, x, rotation, layout, own_cache, use_reentrant=False, preserve_rng_state=False)
             else:
+                run = block.forward if self.compiled and cache is not None else block
                 with keep_less():
-                    x = block(x, rotation, layout, own_cache)
+                    x = run(x, rotation, layout, own_cache)
         if cache is not None:
             cache.length += input_ids.shape[1]
         return self.norm_f(x)

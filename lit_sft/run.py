@@ -35,7 +35,7 @@ from lit_sft.layout import (
     state_name,
 )
 from lit_sft.optim import warmup_steps
-from lit_sft.runtime import on_first
+from lit_sft.runtime import on_first, precision
 from lit_sft.shards import Shards
 from lit_sft.tokenizer import Tokenizer
 
@@ -43,13 +43,13 @@ from lit_sft.tokenizer import Tokenizer
 FREE = {
     "debug", "out_dir", "resume", "device", "devices", "micro_batch_size", "micro_batch_tokens", "max_time",
     "eval_interval", "save_interval", "save_minutes", "keep_last", "keep_best", "on_nonfinite", "sample_prompt",
-    "checkpoint_dir", "data_dir", "max_iters", "epochs", "share_prefix", "activation_checkpointing", "hardware",
-    "threads", "torch", "lit_sft",
+    "checkpoint_dir", "data_dir", "max_iters", "epochs", "share_prefix", "activation_checkpointing", "compile",
+    "hardware", "threads", "torch", "lit_sft",
 }  # fmt: skip
 # those of them that move the last bits
 PLACES = (
     "device", "devices", "micro_batch_size", "micro_batch_tokens", "share_prefix", "activation_checkpointing",
-    "hardware", "threads", "torch", "lit_sft",
+    "compile", "hardware", "threads", "torch", "lit_sft",
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -91,12 +91,13 @@ def can_share_prefix(args: TrainArgs, checkpoint_dir: Path, train: Shards) -> bo
     return args.share_prefix and not dropped and not turned
 
 
-def resolve_args(args: TrainArgs, checkpoint_dir: Path, precision: str, steps: TrainSteps) -> TrainArgs:
+def resolve_args(args: TrainArgs, checkpoint_dir: Path, fabric: Fabric, steps: TrainSteps) -> TrainArgs:
     """The arguments with every default filled in, as they are saved and compared on resume."""
     return replace(
         args,
         checkpoint_dir=str(checkpoint_dir),
-        precision=precision,
+        precision=precision(fabric),
+        compile=fabric.device.type == "cuda" if args.compile is None else args.compile,
         global_batch_size=steps.batch_size,
         micro_batch_tokens=steps.row_tokens,
         max_steps=steps.max_steps,
