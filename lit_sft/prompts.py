@@ -115,8 +115,8 @@ def render(
 
 
 def _render_style(messages: tuple[Message, ...], style: PromptStyle, special_tokens: dict[str, str]) -> list[Part]:
-    default = Part(style.default_system, control=True)
-    system = next((Part(m.content) for m in messages if m.role == "system"), default)
+    said = messages[0].content if messages[0].role == "system" else None
+    system = Part(style.default_system, control=True) if said is None else Part(said)
     tokens = {name: [Part(special_tokens.get(f"{name}_token", ""), control=True)] for name in ("bos", "eos")}
     before = _fill(style.system, tokens | {"system": [system]}) if system.text else []
     parts: list[Part] = []
@@ -142,10 +142,16 @@ def _render_style(messages: tuple[Message, ...], style: PromptStyle, special_tok
 def _fill(form: str, values: dict[str, list[Part]]) -> list[Part]:
     """The parts of a form: control tokens written in it are meant, in what fills its fields they are not."""
     parts = []
-    for literal, field in _pieces(form):
-        parts.append(Part(literal, control=True))
-        parts += values[field] if field else []
+    for literal, field in _parts_of(form):
+        parts.append(literal)
+        if field:
+            parts += values[field]
     return parts
+
+
+@lru_cache(maxsize=256)
+def _parts_of(form: str) -> tuple[tuple[Part, str | None], ...]:
+    return tuple((Part(literal, control=True), field) for literal, field in _pieces(form))
 
 
 @lru_cache(maxsize=256)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 
 from lit_sft.chat_template import Part
 from lit_sft.errors import InputError
@@ -33,14 +34,19 @@ class Example:
 
         The first prompt is never cut. What may go when nothing else does follows the last end token.
         """
+        if len(self.input_ids) <= max_seq_length:
+            return len(self.input_ids)
         if self.n_needed <= max_seq_length:
-            return min(len(self.input_ids), max_seq_length)
+            return max_seq_length
         return n_needed(self.labels_mask[:max_seq_length]) if self.n_prompt < max_seq_length else 0
 
 
 def n_needed(labels_mask: list[bool]) -> int:
     """Tokens up to the last label."""
-    return next((i for i in range(len(labels_mask), 0, -1) if labels_mask[i - 1]), 0)
+    last = len(labels_mask)
+    while last and not labels_mask[last - 1]:
+        last -= 1
+    return last
 
 
 def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, mask_prompt: bool) -> Example:
@@ -98,9 +104,10 @@ def _stretches(messages: tuple[Message, ...], style: str, tokenizer: Tokenizer) 
     if messages[0].role == "assistant":  # a text, which no prompt precedes
         style = PLAIN
     parts = render(messages, style, tokenizer.special_tokens, tokenizer.chat_template)
-    before = None
-    for response, stretch in groupby(parts, key=lambda part: part.response):
+    last, ids = "", None
+    for response, stretch in groupby(parts, key=attrgetter("response")):
         stretch = list(stretch)
+        before = None if ids is None else _last_control(last, ids, tokenizer)
         last = stretch[-1].text
         if response and not tokenizer.has_control(last):
             raise InputError(
@@ -109,12 +116,11 @@ def _stretches(messages: tuple[Message, ...], style: str, tokenizer: Tokenizer) 
             )
         ids = _encode_first(stretch, tokenizer, style) if before is None else _encode_next(stretch, tokenizer, before)
         yield response, ids
-        before = _last_control(last, ids, tokenizer)
 
 
 def _encode_first(parts: list[Part], tokenizer: Tokenizer, style: str) -> list[int]:
     """The ids that a dialogue begins with. A chat template writes its own BOS; a named style gets the model's."""
-    ids = tokenizer.encode("", bos=False if is_chat_template(style) else None)
+    ids = [tokenizer.bos_id] if tokenizer.adds_bos and not is_chat_template(style) else []
     for i, (text, control) in enumerate(_runs(parts, tokenizer)):
         ids += tokenizer.encode(text, bos=False, control=control, continuation=i > 0)
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:
@@ -139,7 +145,7 @@ def _runs(parts: list[Part], tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     One, unless somebody wrote a control token into a message: only the template's own may be read as such.
     """
     if not any(tokenizer.has_control(part.text) for part in parts if not part.control):
-        return [("".join(part.text for part in parts), any(part.control for part in parts))]
+        return [("".join([part.text for part in parts]), any(part.control for part in parts))]
     runs = groupby(parts, key=lambda part: part.control and tokenizer.has_control(part.text))
     return [("".join(part.text for part in run), control) for control, run in runs]
 

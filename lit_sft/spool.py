@@ -219,11 +219,11 @@ def write_chunk(
         ids, mask = example.input_ids, example.labels_mask
         n_kept = example.n_kept(encoding.max_seq_length)
         learned = list(compress(ids, mask)) if encoding.quality else None
-        lengths = len(ids), example.n_prompt, example.n_needed, n_kept, sum(mask[:n_kept])
+        lengths = len(ids), example.n_prompt, example.n_needed, n_kept, mask[:n_kept].count(True)
         rows.append((source, item.row, *lengths, *measure(item.messages, learned)))
         texts.append(item.messages)
-        tokens.extend(ids)
-        labelled.extend(mask)
+        tokens.fromlist(ids)
+        labelled += bytes(mask)
     buffer = io.BytesIO()
     np.save(buffer, np.array(rows, ROW))
     np.save(buffer, signatures(texts) if encoding.near else np.empty((len(rows), 0), np.uint32))
