@@ -59,7 +59,7 @@ SHAPES = {
     "pythia-31m": Shape("gpt_neox", 256, 6, 8, 1024, 50304),
     "pythia-160m": Shape("gpt_neox", 768, 12, 12, 3072, 50304),
     "llama-100m": Shape("llama", 640, 12, 10, 1728, 50304),
-    "tiny": Shape("llama", 64, 2, 4, 160, 512),
+    "tiny": Shape("llama", 64, 2, 4, 192, 512),
     "llama-7b": Shape("llama", 4096, 32, 32, 11008, 32000),
     "llama-65b": Shape("llama", 8192, 80, 64, 22016, 32000),
 }
