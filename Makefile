@@ -10,7 +10,7 @@ help:
 	@echo "make demo   install into .venv and run the whole road on a tiny model (about a minute of computing)"
 	@echo "make test   install with the test tools, then lint, layering and tests"
 	@echo "make lint   ruff only"
-	@echo "make bench  lit_sft beside litgpt and TRL, which go into .venv-benchmark (hours; see docs/performance.md)"
+	@echo "make bench  lit_sft beside litgpt and TRL, which go into .venv-benchmark (long; see docs/performance.md)"
 	@echo "make clean  remove .venv, .venv-benchmark, out/ and the demo's files"
 
 # torch first and by itself: the other packages then find it there, whatever build it is

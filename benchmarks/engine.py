@@ -86,13 +86,17 @@ class Training:
 
     def __init__(self, model: GPT, args: LoRATrainArgs) -> None:
         self.fabric, self.model = runtime.launch(args), model
-        self.model.checkpoint_every = args.checkpoint_every
+        self.configure(args)
         self.dropout = apply_lora(model, args, args.seed)
         self.optimizer = optim.build_optimizer(model, optim.master_parameters(model), args)
 
+    def configure(self, args: LoRATrainArgs) -> None:
+        """Set the model's own switches, as finetune/lora.py does once it is loaded."""
+        self.model.checkpoint_every = args.checkpoint_every
+
     def run(self, steps: TrainSteps, args: LoRATrainArgs, first: int, last: int) -> list[dict]:
         """Make steps ``first`` to ``last`` of ``steps``; gives loss, useful tokens, labels and seconds of each."""
-        self.model.checkpoint_every = args.checkpoint_every
+        self.configure(args)
         records = []
         for number in range(first, last + 1):
             began = time.perf_counter()

@@ -1,6 +1,6 @@
 """Training speed and memory, side by side in one run: lit_sft, litgpt's LoRA, TRL's SFTTrainer with PEFT.
 
-make bench                                             every shape, made-up data; about an hour on two cores
+make bench                                             every shape, made-up data; takes long
 python benchmarks/train.py --data_file alpaca.json --tokenizer_dir FOLDER [--shapes pythia-31m] [--repeats 3]
 python benchmarks/train.py --growth                    how time and memory grow, lit_sft alone
 

@@ -50,7 +50,7 @@ def test_flop_are_those_torch_counts(tmp_path: Path) -> None:
 
 
 def test_the_7b_shape_costs_what_is_known() -> None:
-    """Worked out by hand for Llama 2 7B: 28.6 GFLOP a token of packed 2,048; 26.8 of Alpaca's lengths, 73 % labelled."""
+    """Worked out by hand, in GFLOP a token: 28.6 packed to 2,048; 26.8 of Alpaca's lengths with 73 % labelled."""
     from shapes import SHAPES, mean_context
 
     shape = SHAPES["llama-7b"]
