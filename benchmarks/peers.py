@@ -240,10 +240,17 @@ def isolation(mode: str) -> measure.Run:
             starts = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), len(ids)]
             parts = list(pairwise(starts))
             apart = torch.cat([model(input_ids=ids[None, a:b], use_cache=False).logits[0] for a, b in parts])
+            as_one = model(input_ids=ids[None], use_cache=False).logits[0]  # if they saw each other
         largest = float((together - apart).abs().max())
-        return {"examples": len(parts), "row_tokens": len(ids), "labels": int((labels != -100).sum()),
-                "attention": model.config._attn_implementation, "largest_logit_difference": largest,
-                "largest_logit": float(apart.abs().max()), "isolated": largest < 1e-3}  # fmt: skip
+        return {
+            "examples": len(parts),
+            "row_tokens": len(ids),
+            "labels": int((labels != -100).sum()),
+            "attention": model.config._attn_implementation,
+            "largest_logit_difference": largest,
+            "difference_as_one_example": float((as_one - apart).abs().max()),
+            "isolated": largest < 1e-3,
+        }
 
     return run
 

@@ -49,7 +49,8 @@ def training_tables(result: dict) -> str:
         parts.append(table([*header, "first step, s", "of the ceiling", "first loss", "last loss"], rows))
         parts += [
             f"{NAMES[tool]}: a row of {seen['examples']} examples differs from them one by one by "
-            f"{seen['largest_logit_difference']:.1e} in its logits, so examples "
+            f"{seen['largest_logit_difference']:.1e} in its logits (as one example by "
+            f"{seen['difference_as_one_example']:.1e}), so examples "
             f"{'are kept apart' if seen['isolated'] else 'see each other'}.\n"
             for tool, seen in found["isolation"].items()
             if "isolated" in seen
