@@ -84,8 +84,11 @@ def random_model(shape: Shape, device: str, dtype: torch.dtype, quantize: str | 
 class Training:
     """A model with its adapter and optimizer, and steps over data that may change on the way."""
 
-    def __init__(self, model: GPT, args: LoRATrainArgs) -> None:
+    def __init__(self, model: GPT, args: LoRATrainArgs, compiled: bool) -> None:
+        """``compiled``: whether the blocks are."""
         self.fabric, self.model = runtime.launch(args), model
+        if compiled:
+            model.compile_blocks()
         self.configure(args)
         self.dropout = apply_lora(model, args, args.seed)
         self.optimizer = optim.build_optimizer(model, optim.master_parameters(model), args)
@@ -118,7 +121,7 @@ def run_lit_sft(folder: Path, precision: str, micro_batch: int, n_steps: int) ->
     checkpoint_dir = folder / "checkpoint"
     steps = TrainSteps(train, args, share_prefix=can_share_prefix(args, checkpoint_dir, train))
     model = checkpoint.load_model(checkpoint_dir, dtype=runtime.BASE_DTYPE[precision])
-    training = Training(model, args)
+    training = Training(model, args, compiled=False)
     weights_mb = settle(model.parameters())
     records = training.run(steps, args, 1, 1)
     first = since_start()
@@ -131,7 +134,7 @@ def grow(folder: Path, precision: str, micro_batch: int, n_steps: int) -> dict:
     args = lora_args(folder, precision=precision, micro_batch_tokens=micro_batch, device="cpu",
                      global_batch_size=max(1, 16384 // int(Shards(folder, "train").lengths.max())))  # fmt: skip
     model = random_model(SHAPES["pythia-31m"], "cpu", runtime.BASE_DTYPE[precision])
-    training = Training(model, args)
+    training = Training(model, args, compiled=False)
     weights_mb = settle(model.parameters())
     steps = TrainSteps(Shards(folder, "train"), args, share_prefix=True)
     records = training.run(steps, args, 1, n_steps)

@@ -122,9 +122,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--large_shape", choices=SHAPES, default="llama-65b")
     parser.add_argument("--micro_batch_tokens", type=int, nargs="+", default=[4096, 8192, 16384], help="of lit_sft")
     parser.add_argument("--epoch_quantize", choices=["fp8", "nf4"], help="of the part epoch (default: bf16)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the blocks (default: on cuda)")
     parser.add_argument("--whole_epochs", action="store_true", help="run the large shape's epochs to their end")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.compile = args.device == "cuda" if args.compile is None else args.compile
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here; --device cpu --shape tiny tries the program out")
     return args

@@ -61,7 +61,7 @@ def train(args: argparse.Namespace, emit: Emit, quantize: str | None, cases: lis
     model = random_model(shape, args.device, torch.bfloat16, quantize)
     synchronize(args.device)
     drawn = since_start()
-    training = Training(model, lora_args(folders["alpaca"][0], precision="bf16-true", device=args.device))
+    training = Training(model, lora_args(folders["alpaca"][0], precision="bf16-true", device=args.device), args.compile)
     for number, (data, share, size, recompute) in enumerate(cases):
         settings = {"micro_batch_tokens": size, "activation_checkpointing": recompute, "share_prefix": share}
         facts = {"shape": args.shape, "quantize": quantize, "data": data, **settings}
@@ -190,7 +190,7 @@ def _large(args: argparse.Namespace, emit: Emit, quantize: str | None, recompute
     run_args = lora_args(folder, activation_checkpointing=recompute, global_batch_size=BATCH, **settings)
     facts = {"shape": args.large_shape, "quantize": quantize, "activation_checkpointing": recompute, **settings}
     try:
-        training = Training(random_model(shape, args.device, torch.bfloat16, quantize), run_args)
+        training = Training(random_model(shape, args.device, torch.bfloat16, quantize), run_args, args.compile)
         steps = TrainSteps(Shards(folder, "train"), run_args, share_prefix=False)
         last = steps.per_epoch if args.whole_epochs else 3
         records = training.run(steps, run_args, 1, last)
@@ -220,7 +220,7 @@ def _profile(args: argparse.Namespace, emit: Emit, quantize: str | None) -> None
     folder, _ = data_of(args, "alpaca")
     settings = {"device": args.device, "micro_batch_tokens": args.micro_batch_tokens[-1], "global_batch_size": BATCH}
     run_args = lora_args(folder, precision="bf16-true", **settings)
-    training = Training(random_model(SHAPES[args.shape], args.device, torch.bfloat16, quantize), run_args)
+    training = Training(random_model(SHAPES[args.shape], args.device, torch.bfloat16, quantize), run_args, args.compile)
     steps = TrainSteps(Shards(folder, "train"), run_args, share_prefix=True)
     training.run(steps, run_args, 1, WARM_UP)
     number = WARM_UP + 1
@@ -241,7 +241,7 @@ def epoch(args: argparse.Namespace, emit: Emit) -> None:
     run_args = lora_args(folder, precision="bf16-true", device=args.device, micro_batch_tokens=size, epochs=1,
                          global_batch_size=BATCH, quantize=args.epoch_quantize)  # fmt: skip
     model = random_model(SHAPES[args.shape], args.device, torch.bfloat16, args.epoch_quantize)
-    training = Training(model, run_args)
+    training = Training(model, run_args, args.compile)
     steps = TrainSteps(Shards(folder, "train"), run_args, share_prefix=True)
     began = time.perf_counter()
     records = training.run(steps, run_args, 1, steps.max_steps)

@@ -39,7 +39,7 @@ def test_flop_are_those_torch_counts(tmp_path: Path) -> None:
     shape = Shape("llama", 64, 8, 4, 160, 512)
     folder = write_data(tmp_path / "data", uniform(4, 64, 512))
     args = lora_args(folder, device="cpu", global_batch_size=4)
-    training = Training(random_model(shape, "cpu", torch.float32), args)
+    training = Training(random_model(shape, "cpu", torch.float32), args, compiled=False)
     counter = FlopCounterMode(display=False)
     with counter:
         records = training.run(TrainSteps(Shards(folder, "train"), args), args, 1, 1)
@@ -89,7 +89,7 @@ def test_both_sides_train_the_same_model(tmp_path: Path) -> None:
     examples = alpaca_like(64, SHAPES["tiny"].vocab_size, longest=90)
     folder = write_data(tmp_path / "data", examples)
     args = lora_args(folder, device="cpu", precision="bf16-true", global_batch_size=64)
-    training = Training(random_model(SHAPES["tiny"], "cpu", torch.bfloat16), args)
+    training = Training(random_model(SHAPES["tiny"], "cpu", torch.bfloat16), args, compiled=False)
     ours = training.run(TrainSteps(Shards(folder, "train"), args, share_prefix=True), args, 1, 1)
     side = Transformers("tiny", "cpu")
     _, theirs = side.run(examples, 16, grouped=False)

@@ -4,6 +4,7 @@ On a machine with a GPU: python -m pytest -m gpu
 """
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -199,3 +200,30 @@ def test_a_stopped_run_goes_on(data: tuple[Path, Path], tmp_path: Path, device: 
     lora.main(lora_args(data[1], tmp_path / "cut", **settings))
     whole, cut = ([r["loss"] for r in read_metrics(tmp_path / name)] for name in ("whole", "cut"))
     assert len(cut) == 6 and cut == pytest.approx(whole, rel=0 if device == "cpu" else 1e-3)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_not_compiled_again(data: tuple[Path, Path], device: str) -> None:  # noqa: F811
+    """Eight steps of rows of many lengths: after the second nothing is compiled, and the losses are the same."""
+    if device == "cpu" and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler for a CPU, and there is no g++")
+    base, data_dir = data
+    losses, graphs, lengths = {}, [], set()
+    for compiled in (False, True):
+        args = lora_args(data_dir, Path("unused"), device=device, precision="32-true", micro_batch_tokens=700)
+        fabric = launch(args)
+        model = load_model(base, device=fabric.device)
+        if compiled:
+            torch._dynamo.reset()
+            model.compile_blocks()
+        dropout = apply_lora(model, args, args.seed)
+        optimizer = build_optimizer(model, master_parameters(model), args)
+        steps = TrainSteps(Shards(data_dir, "train"), args, share_prefix=True)
+        losses[compiled] = []
+        for number in range(1, 9):
+            lengths |= {len(row.input_ids) for row in steps[number].rows}
+            losses[compiled].append(train_step(fabric, model, optimizer, 2e-3, steps[number], args, dropout)["loss"])
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(lengths) > 8
+    assert graphs[8] > 0 and graphs[9:] == [graphs[9]] * 7
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
