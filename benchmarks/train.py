@@ -42,16 +42,11 @@ def main() -> None:
     """Measure, print and write."""
     args = parse()
     if args.growth:
-        from growth import COUNTS, LENGTHS, grow
-
-        tables = grow(
-            args.growth_lengths or list(LENGTHS), args.growth_counts or list(COUNTS), args.steps, args.repeats
-        )
-        write(args.out or HERE / "results" / "growth_cpu.json", tables | surroundings(Path(sys.executable)))
+        growth(args)
         return
     python = peers_python(args.venv)
     out = args.out or HERE / "results" / "train_cpu.json"
-    result = surroundings(python) | {"peers": pip_list(python), "shapes": {}}
+    result = surroundings() | {"peers": pip_list(python), "shapes": {}}
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as name:
             result["shapes"][shape] = compare(Path(name), shape, args, python)
@@ -60,6 +55,18 @@ def main() -> None:
     from tables import training_tables
 
     print(training_tables(result))
+
+
+def growth(args: argparse.Namespace) -> None:
+    """Measure lit_sft alone over lengths and numbers of examples; plot where the peers' environment is there."""
+    from growth import COUNTS, LENGTHS, grow
+
+    lengths, counts = args.growth_lengths or list(LENGTHS), args.growth_counts or list(COUNTS)
+    tables = grow(lengths, counts, args.steps, args.repeats)
+    out = args.out or HERE / "results" / "growth_cpu.json"
+    write(out, tables | surroundings())
+    if (python := args.venv / "bin" / "python").exists():
+        subprocess.run([python, HERE / "plots.py", out, out.with_suffix(".svg")], check=True)
 
 
 def parse() -> argparse.Namespace:
@@ -98,7 +105,7 @@ def peers_python(venv: Path) -> Path:
     return python
 
 
-def surroundings(python: Path) -> dict:
+def surroundings() -> dict:
     """What the figures were taken on and with."""
     import torch
 
