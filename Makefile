@@ -4,13 +4,14 @@ BIN := .venv/bin
 # the platform's own Python picks the torch build; constraints.txt pins what set-up installs, pyproject.toml the ranges
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint clean help
+.PHONY: demo test lint bench clean help
 
 help:
 	@echo "make demo   install into .venv and run the whole road on a tiny model (about a minute of computing)"
 	@echo "make test   install with the test tools, then lint, layering and tests"
 	@echo "make lint   ruff only"
-	@echo "make clean  remove .venv, out/ and the demo's files"
+	@echo "make bench  lit_sft beside litgpt and TRL, which go into .venv-benchmark (long; see docs/performance.md)"
+	@echo "make clean  remove .venv, .venv-benchmark, out/ and the demo's files"
 
 # torch first and by itself: the other packages then find it there, whatever build it is
 .venv/torch: constraints.txt
@@ -41,5 +42,9 @@ test: lint
 	@$(BIN)/python -m pytest -q tests/test_architecture.py
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore tests/test_architecture.py
 
+# BENCH="--data_file alpaca.json --tokenizer_dir FOLDER --shapes pythia-31m --repeats 3" and so on
+bench: .venv/installed
+	@$(BIN)/python benchmarks/train.py $(BENCH)
+
 clean:
-	rm -rf .venv out checkpoints/demo data/demo build *.egg-info
+	rm -rf .venv .venv-benchmark out checkpoints/demo data/demo build *.egg-info

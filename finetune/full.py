@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from lit_sft.args import FullTrainArgs
-from lit_sft.cli import run
 
 
 def main(args: FullTrainArgs) -> None:
@@ -57,4 +56,6 @@ def main(args: FullTrainArgs) -> None:
 
 
 if __name__ == "__main__":
+    from lit_sft.cli import run  # here: training needs no parser of arguments
+
     run(main)

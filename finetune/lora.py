@@ -7,7 +7,6 @@ on with the same command.
 from pathlib import Path
 
 from lit_sft.args import LoRATrainArgs
-from lit_sft.cli import run
 
 
 def main(args: LoRATrainArgs) -> None:
@@ -64,4 +63,6 @@ def main(args: LoRATrainArgs) -> None:
 
 
 if __name__ == "__main__":
+    from lit_sft.cli import run  # here: training needs no parser of arguments
+
     run(main)

@@ -1,0 +1,228 @@
+"""What a GPU computes, against fp64 references. Every body runs on the CPU too, so that the code itself is tested here.
+
+On a machine with a GPU: python -m pytest -m gpu
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from test_loop import data, lora_args, read_metrics  # noqa: F401 (data is a fixture)
+from torch import Tensor
+
+from finetune import lora
+from lit_sft import load_model
+from lit_sft.attention import Layout, Scoring, packed_attention
+from lit_sft.batches import TrainSteps
+from lit_sft.loop import accumulate_gradients, train_step
+from lit_sft.lora import apply_lora, lora_state_dict
+from lit_sft.optim import build_optimizer, master_parameters
+from lit_sft.quantize import quantized
+from lit_sft.runtime import launch
+from lit_sft.shards import Shards
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device on this machine")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+# --- attention ---
+
+
+def one_by_one(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scoring: Scoring) -> Tensor:
+    """The definition, in fp64: each query over the keys of its own example up to its own position."""
+    query, key, value = (x[0].double() for x in (query, key, value))
+    heads = query.shape[0] // key.shape[0]
+    key, value = key.repeat_interleave(heads, 0), value.repeat_interleave(heads, 0)
+    starts = [sum(layout.lengths[:i]) for i in range(len(layout.lengths))]
+    rows = []
+    for number, length in enumerate(layout.lengths):
+        seen = [t for i in layout.chains[number] for t in range(starts[i], starts[i] + layout.lengths[i])]
+        for t in range(starts[number], starts[number] + length):
+            places = seen[: seen.index(t) + 1][-(scoring.window or len(seen)) :]
+            scores = (key[:, places] @ query[:, t, :, None])[..., 0] * scoring.scale
+            if scoring.softcap:
+                scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+            rows.append((scores.softmax(-1)[:, None] @ value[:, places])[:, 0])
+    return torch.stack(rows, dim=1)[None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("groups", "window", "softcap", "parents"),
+    [
+        (4, None, None, None),
+        (2, None, None, None),
+        (2, 7, None, None),
+        (4, None, 20.0, None),
+        (4, None, None, [None, 0, 0, None, 3]),
+        (2, None, None, [None, 0, 1, 1, None]),
+        (2, 7, None, [None, 0, 1, 1, None]),
+    ],
+    ids=["heads", "groups", "window", "softcap", "prefixes", "nested", "nested-window"],
+)
+def test_attention_within_examples(
+    device: str, dtype: torch.dtype, groups: int, window: int | None, softcap: float | None, parents: list | None
+) -> None:
+    """Packed and with shared prefixes, forward and backward, segments of one token among them."""
+    layout = Layout([9, 1, 14, 23, 6], parents)
+    scoring = Scoring(scale=1 / math.sqrt(16), window=window, softcap=softcap)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 4, 53, 16), (1, groups, 53, 16), (1, groups, 53, 16), (1, 4, 53, 16)]
+    *inputs, upstream = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    exact = [x.double().requires_grad_() for x in inputs]
+    expected = one_by_one(*exact, layout, scoring)
+    expected.backward(upstream.double())
+    here = [x.to(device).requires_grad_() for x in inputs]
+    mixed = packed_attention(*here, layout, scoring)
+    mixed.backward(upstream.to(device))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.02
+    for found, wanted in zip([mixed, *(x.grad for x in here)], [expected, *(x.grad for x in exact)], strict=True):
+        assert found.dtype == dtype and found.device.type == device
+        assert (found.double().cpu() - wanted).norm() < tolerance * wanted.norm()
+
+
+# --- the model ---
+
+
+def gradients(device: str, data_dir: Path, base: Path, dtype: torch.dtype, **settings: object) -> tuple[float, Tensor]:
+    """Loss and all adapter gradients of the first step, the adapters' B moved off zero."""
+    precision = {torch.float64: "64-true", torch.float32: "32-true", torch.bfloat16: "bf16-true"}[dtype]
+    args = lora_args(data_dir, Path("unused"), device=device, precision=precision, **settings)
+    fabric = launch(args)
+    model = load_model(base, dtype=dtype, device=fabric.device, quantize=args.quantize)
+    apply_lora(model, args, args.seed)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in lora_state_dict(model).items():
+            if name.endswith("B"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    model.train()
+    step = TrainSteps(Shards(data_dir, "train"), args, share_prefix=args.share_prefix)[1]
+    loss = accumulate_gradients(fabric, model, step)
+    return loss, torch.cat([p.grad.flatten().double().cpu() for p in lora_state_dict(model).values()])
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_in_rows_is_its_examples_in_fp64(
+    data: tuple[Path, Path],  # noqa: F811
+    device: str,
+    dtype: torch.dtype,
+    share: bool,
+) -> None:
+    base, data_dir = data
+    expected, exact = gradients("cpu", data_dir, base, torch.float64, micro_batch_size=1, share_prefix=False)
+    loss, found = gradients(device, data_dir, base, dtype, micro_batch_tokens=900, share_prefix=share)
+    tolerance = (1e-4, 1e-3) if dtype == torch.float32 else (5e-3, 0.06)
+    assert loss == pytest.approx(expected, rel=tolerance[0])
+    assert (found - exact).norm() < tolerance[1] * exact.norm()
+
+
+@pytest.mark.parametrize("recompute", ["all", "2"])
+def test_recomputed_blocks_have_the_same_gradients(data: tuple[Path, Path], device: str, recompute: str) -> None:  # noqa: F811
+    base, data_dir = data
+    loss, plain = gradients(device, data_dir, base, torch.float32)
+    again, found = gradients(device, data_dir, base, torch.float32, activation_checkpointing=recompute)
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert (found - plain).norm() < 1e-5 * plain.norm()
+
+
+# --- quantized layers ---
+
+
+@pytest.mark.parametrize(("kind", "error"), [("fp8", 0.045), ("nf4", 0.11), ("nf4-dq", 0.11)])
+def test_a_quantized_layer(device: str, kind: str, error: float) -> None:
+    """One product and its gradient in bf16, against fp64; and that an error is there at all."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, upstream = (torch.randn(shape, generator=generator) for shape in ((96, 256), (192, 256), (96, 192)))
+    weight = weight / 16
+    layer = quantized(weight.to(device, torch.bfloat16), kind)
+    here = x.to(device, torch.bfloat16).requires_grad_()
+    y = layer(here)
+    y.backward(upstream.to(device, torch.bfloat16))
+    products = [(y, x.double() @ weight.double().T), (here.grad, upstream.double() @ weight.double())]
+    for found, exact in products:
+        assert found.dtype == torch.bfloat16 and found.device.type == device
+        assert 0.005 < (found.double().cpu() - exact).norm() / exact.norm() < error
+
+
+@pytest.mark.parametrize(("kind", "most"), [("fp8", 0.02), ("nf4", 0.05)])
+def test_a_quantized_model_has_nearly_the_loss(
+    checkpoint: Callable[..., Path], tmp_path: Path, device: str, kind: str, most: float
+) -> None:
+    base = checkpoint("wide", hidden_size=128, intermediate_size=256, initializer_range=0.09)
+    from lit_sft.args import PrepareArgs
+    from lit_sft.prepare import prepare
+    from lit_sft.rows import Columns
+
+    args = PrepareArgs(checkpoint_dir=str(base), destination_path=str(tmp_path / "data"), val_split_fraction=0)
+    data_dir = prepare(args, ROOT / "demo" / "instructions.csv", "csv", Columns())
+    exact, _ = gradients("cpu", data_dir, base, torch.float64)
+    loss, found = gradients(device, data_dir, base, torch.bfloat16, quantize=kind)
+    assert abs(loss - exact) < most * exact and found.isfinite().all() and found.norm() > 0
+
+
+# --- runs ---
+
+
+def test_learning(data: tuple[Path, Path], device: str) -> None:  # noqa: F811
+    """Eight steps of one device follow those of fp64 on the CPU."""
+    base, data_dir = data
+    losses = {}
+    for where, precision, dtype in (("cpu", "64-true", torch.float64), (device, "bf16-true", torch.bfloat16)):
+        args = lora_args(data_dir, Path("unused"), device=where, precision=precision, lora_dropout=0.1)
+        fabric = launch(args)
+        model = load_model(base, dtype=dtype, device=fabric.device)
+        dropout = apply_lora(model, args, args.seed)
+        optimizer = build_optimizer(model, master_parameters(model), args)
+        steps = TrainSteps(Shards(data_dir, "train"), args)
+        losses[precision] = [
+            train_step(fabric, model, optimizer, 2e-3, steps[k], args, dropout)["loss"] for k in range(1, 9)
+        ]
+    assert losses["bf16-true"] == pytest.approx(losses["64-true"], abs=0.03)
+    assert losses["64-true"][-1] < losses["64-true"][0] - 0.1
+
+
+def test_a_stopped_run_goes_on(data: tuple[Path, Path], tmp_path: Path, device: str) -> None:  # noqa: F811
+    """Saved after its first step and again later. On a CPU to the bit; a GPU's sums are not ordered."""
+    settings = {"micro_batch_tokens": 700, "max_steps": 6, "save_interval": 2, "eval_interval": 3, "device": device}
+    lora.main(lora_args(data[1], tmp_path / "whole", **settings))
+    lora.main(lora_args(data[1], tmp_path / "cut", **settings, max_time=1e-9))
+    assert len(read_metrics(tmp_path / "cut")) == 1
+    lora.main(lora_args(data[1], tmp_path / "cut", **settings))
+    whole, cut = ([r["loss"] for r in read_metrics(tmp_path / name)] for name in ("whole", "cut"))
+    assert len(cut) == 6 and cut == pytest.approx(whole, rel=0 if device == "cpu" else 1e-3)
+
+
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("device", ["cuda"])  # with "cpu" it passes, but a C++ compiler takes minutes
+def test_compiled_blocks_are_not_compiled_again(data: tuple[Path, Path], device: str) -> None:  # noqa: F811
+    """Eight steps of rows of many lengths: after the second nothing is compiled, and the losses are the same."""
+    base, data_dir = data
+    losses, graphs, lengths = {}, [], set()
+    for compiled in (False, True):
+        args = lora_args(data_dir, Path("unused"), device=device, precision="32-true", micro_batch_tokens=700)
+        fabric = launch(args)
+        model = load_model(base, device=fabric.device)
+        if compiled:
+            torch._dynamo.reset()
+            model.compile_blocks()
+        dropout = apply_lora(model, args, args.seed)
+        optimizer = build_optimizer(model, master_parameters(model), args)
+        steps = TrainSteps(Shards(data_dir, "train"), args, share_prefix=True)
+        losses[compiled] = []
+        for number in range(1, 9):
+            lengths |= {len(row.input_ids) for row in steps[number].rows}
+            losses[compiled].append(train_step(fabric, model, optimizer, 2e-3, steps[number], args, dropout)["loss"])
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(lengths) > 8
+    assert graphs[8] > 0 and graphs[9:] == [graphs[9]] * 7
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
