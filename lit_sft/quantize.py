@@ -36,13 +36,17 @@ class NF4Linear(QuantizedLinear):
         """``double``: the scales are quantized as well."""
         super().__init__(weight)
         packed, self.state = _bitsandbytes().quantize_4bit(
-            weight.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=double
+            weight.flatten(),  # bitsandbytes 0.50 spoils blocks on a CPU where rows do not end with a block
+            blocksize=64,
+            quant_type="nf4",
+            compress_statistics=double,
         )
         self.register_buffer("packed", packed, persistent=False)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weights (out, in) that the bits stand for."""
-        return _bitsandbytes().dequantize_4bit(self.packed, self.state).to(dtype)
+        weight = _bitsandbytes().dequantize_4bit(self.packed, self.state)
+        return weight.view(self.out_features, self.in_features).to(dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
