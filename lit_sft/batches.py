@@ -22,6 +22,7 @@ from lit_sft.shards import Shards
 
 DEFAULT_BATCH_SIZE = 64
 DEFAULT_ROW_TOKENS = 8192
+LOOKED_AT = 400  # steps, in search of the longest row: a second at most
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,36 @@ class TrainSteps:
             self.order = (epoch, torch.randperm(n, generator=generator, dtype=torch.int32))
         return self.order[1][start:end].tolist()
 
+    def heaviest_row(self) -> Row:
+        """The longest row of the run, over all processes.
+
+        Of a run of more than LOOKED_AT steps it is one that none exceeds: the longest examples, as many as a row takes.
+        """
+        if self.max_steps <= LOOKED_AT:
+            steps = (self.examples(number) for number in range(1, self.max_steps + 1))
+            plans = (p for examples in steps for p in self._plan(examples))
+            lengths = self.shards.lengths
+            return make_row(
+                self.shards, max(plans, key=lambda p: int(lengths[p.examples].sum()) - sum((p.shared or [0])[1:]))
+            )
+        chosen, filled = [], 0
+        for i in self.shards.lengths.argsort(descending=True, stable=True).tolist():
+            if filled + int(self.shards.lengths[i]) <= self.row_tokens:
+                chosen, filled = [*chosen, i], filled + int(self.shards.lengths[i])
+            if len(chosen) == min(self.batch_size, self.row_examples or self.batch_size):
+                break
+        return make_row(self.shards, RowPlan(chosen, None))
+
+    def _plan(self, examples: list[int]) -> list["RowPlan"]:
+        return plan_rows(self.shards, examples, self.row_tokens, self.row_examples, self.share_prefix)
+
     def alone(self, example: int) -> Row:
         """A row of one example."""
         return make_row(self.shards, RowPlan([example], None))
 
     def __getitem__(self, number: int) -> Step:
         examples = self.examples(number)
-        rows = plan_rows(self.shards, examples, self.row_tokens, self.row_examples, self.share_prefix)
+        rows = self._plan(examples)
         return Step(
             number=number,
             epoch=(number - 1) // self.per_epoch + 1,
