@@ -6,7 +6,7 @@ how the same sum is computed.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import ceil
 from typing import NamedTuple
 
@@ -120,7 +120,7 @@ class TrainSteps:
     def heaviest_row(self) -> Row:
         """The longest row of the run, over all processes.
 
-        Of a run of more than LOOKED_AT steps it is one that none exceeds: the longest examples, as many as a row takes.
+        Of a run of more than LOOKED_AT steps it is one that none exceeds: the longest examples, the last one cut.
         """
         if self.max_steps <= LOOKED_AT:
             steps = (self.examples(number) for number in range(1, self.max_steps + 1))
@@ -129,13 +129,9 @@ class TrainSteps:
             return make_row(
                 self.shards, max(plans, key=lambda p: int(lengths[p.examples].sum()) - sum((p.shared or [0])[1:]))
             )
-        chosen, filled = [], 0
-        for i in self.shards.lengths.argsort(descending=True, stable=True).tolist():
-            if filled + int(self.shards.lengths[i]) <= self.row_tokens:
-                chosen, filled = [*chosen, i], filled + int(self.shards.lengths[i])
-            if len(chosen) == min(self.batch_size, self.row_examples or self.batch_size):
-                break
-        return make_row(self.shards, RowPlan(chosen, None))
+        order = self.shards.lengths.argsort(descending=True, stable=True)[: self.row_examples or self.batch_size]
+        n_taken = int((self.shards.lengths[order].cumsum(0) < self.row_tokens).sum()) + 1
+        return _cut(make_row(self.shards, RowPlan(order[:n_taken].tolist(), None)), self.row_tokens)
 
     def _plan(self, examples: list[int]) -> list["RowPlan"]:
         return plan_rows(self.shards, examples, self.row_tokens, self.row_examples, self.share_prefix)
@@ -196,6 +192,15 @@ def make_row(shards: Shards, plan: RowPlan) -> Row:
         pairs, counts = pairs.unique(dim=1, return_counts=True)
     input_ids = torch.cat([parts[s.example][0][s.start : s.end] for s in segments])
     return Row(input_ids, layout, *pairs, counts, plan.examples)
+
+
+def _cut(row: Row, n_tokens: int) -> Row:
+    """The first tokens of a row in which nothing is shared."""
+    ends = [min(end, n_tokens) for end in accumulate(row.layout.lengths)]
+    lengths = [end - start for start, end in pairwise([0, *ends])]
+    kept = row.positions < n_tokens
+    cut = {"positions": row.positions[kept], "labels": row.labels[kept]}
+    return replace(row, input_ids=row.input_ids[:n_tokens], layout=Layout(lengths), **cut)
 
 
 class ValRows:

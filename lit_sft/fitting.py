@@ -15,7 +15,7 @@ from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError
 from lit_sft.estimate import Memory, measure
 from lit_sft.layout import check_checkpoint_dir
-from lit_sft.quantize import NF4
+from lit_sft.quantize import NF4, has_nf4
 from lit_sft.run import can_share_prefix, going_on
 from lit_sft.runtime import free_memory, pick_device, resident_memory
 from lit_sft.shards import Shards
@@ -26,8 +26,9 @@ CUDA_CONTEXT = 600e6  # bytes of a GPU that the driver takes before the first te
 # glibc keeps what is freed in holes that torch's aligned tensors fit into badly: what a step takes beside the weights
 # was measured at 1.6 to 1.95 times its tensors. For a GPU's allocator, which rounds and splits, 5 % are assumed.
 SLACK = {"cpu": 0.75, "cuda": 0.05}
-# in 16 bits a CPU's library compiles and keeps kernels for each length of an example: measured with torch 2.13
-KERNELS_PER_LENGTH = 2_500_000
+# in 16 bits a CPU's libraries compile kernels for each length of an example and keep them: 180 to 220 MB for 57
+# examples (torch 2.13), up to a number of lengths that is assumed
+KERNELS_PER_LENGTH, MOST_LENGTHS = 4_000_000, 300
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Plan:
             return 0
         steps = TrainSteps(self.train, args)
         visited = min(len(self.train), steps.batch_size * steps.max_steps)
-        return KERNELS_PER_LENGTH * len(self.train.lengths[:visited].unique())
+        return KERNELS_PER_LENGTH * min(len(self.train.lengths[:visited].unique()), MOST_LENGTHS)
 
     def row_lengths(self, highest: int) -> list[int]:
         """Values of micro_batch_tokens to choose from: ``highest`` and its halves, down to the longest example."""
@@ -86,7 +87,7 @@ class Plan:
         ``started``: only what a run may change that has begun.
         """
         lora = isinstance(self.args, LoRATrainArgs) and not self.args.quantize
-        quantize = [None, NF4] if lora and not started else [None]
+        quantize = [None, NF4] if lora and not started and has_nf4() else [None]
         for kind, checkpointing in product(quantize, dict.fromkeys((self.args.activation_checkpointing, "all"))):
             for n_tokens in self.row_lengths(highest):  # the longest that fits is enough
                 changes = {"micro_batch_tokens": n_tokens, "activation_checkpointing": checkpointing}
