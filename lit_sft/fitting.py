@@ -24,8 +24,10 @@ LONGEST_ROW = {"cpu": DEFAULT_ROW_TOKENS}  # longer ones are not faster there; e
 LONGEST_ROW_ON_GPU = 32_768
 CUDA_CONTEXT = 600e6  # bytes of a GPU that the driver takes before the first tensor; assumed
 # glibc keeps what is freed in holes that torch's aligned tensors fit into badly: what a step takes beside the weights
-# was measured at 1.6 to 1.95 times its tensors. For a GPU's allocator, which rounds and splits, 5 % are assumed.
-SLACK = {"cpu": 0.75, "cuda": 0.05}
+# was measured at 1.6 to 1.95 times its tensors, with every block checkpointed, and so freed and made again, at 2.9 to
+# 3.4 times (with M_MMAP_THRESHOLD fixed at 1 MB, which no run does for its cost in time, it was 1.1 to 1.2 times).
+HEAP_SLACK, CHECKPOINTED_SLACK = 0.75, 2.0
+GPU_SLACK = 0.05  # assumed of an allocator that rounds and splits
 # in 16 bits a CPU's libraries compile kernels for each length of an example and keep them: 180 to 220 MB for 57
 # examples (torch 2.13), up to a number of lengths that is assumed
 KERNELS_PER_LENGTH, MOST_LENGTHS = 4_000_000, 300
@@ -65,7 +67,13 @@ class Plan:
         memory = measure(args, self.config, row)
         fixed = memory.weights + memory.trained + memory.optimizer
         held = resident_memory() + self._kernels(args) if self.device == "cpu" else 0
-        return memory, row, int(held + fixed + (memory.peak - fixed) * (1 + SLACK.get(self.device, 0.05)))
+        return memory, row, int(held + fixed + (memory.peak - fixed) * (1 + self._slack(args)))
+
+    def _slack(self, args: TrainArgs) -> float:
+        if self.device != "cpu":
+            return GPU_SLACK
+        share = 1 / args.checkpoint_every if args.checkpoint_every else 0.0
+        return HEAP_SLACK + share * (CHECKPOINTED_SLACK - HEAP_SLACK)
 
     def _kernels(self, args: TrainArgs) -> int:
         if self.train is None or args.precision not in ("bf16-true", "bf16-mixed"):
