@@ -51,7 +51,7 @@ def measure(args: TrainArgs, config: ModelConfig, row: Row) -> Memory:
     """What training ``config`` on ``row`` takes: blocks are alike, so a few are computed and their share multiplied."""
     every = max(args.checkpoint_every, 1)
     period = lcm(every, _period(config.sliding_layers), _period(config.rope_layers))
-    few = config.n_layer % period + period
+    few = config.n_layer % period + 2 * period
     if few + period >= config.n_layer:
         return _measure(args, config, row)
     one, two = (_measure(args, _shallow(config, n), row) for n in (few, few + period))
