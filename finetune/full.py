@@ -9,9 +9,11 @@ def main(args: FullTrainArgs) -> None:
     """Train all weights on ``args.data_dir`` and save the model, a checkpoint_dir, to ``args.out_dir``/model."""
     from lit_sft import checkpoint, layout, optim, runtime
     from lit_sft.batches import TrainSteps, ValRows
+    from lit_sft.fitting import choose_rows, make_plan, show_estimate
     from lit_sft.generate import sampler
     from lit_sft.loop import fit
     from lit_sft.prompts import PROMPT_FACTS
+    from lit_sft.rehearsal import rehearse
     from lit_sft.run import Saver, can_share_prefix, check_shards, finish, open_run, resolve_args
     from lit_sft.shards import Shards
     from lit_sft.tokenizer import Tokenizer
@@ -26,6 +28,10 @@ def main(args: FullTrainArgs) -> None:
     # which examples make each step, on this process
     fabric = runtime.launch(args)
     share = can_share_prefix(args, checkpoint_dir, train)
+    plan = make_plan(args, checkpoint_dir, train, fabric.device.type, runtime.precision(fabric))
+    if args.estimate:
+        return show_estimate(plan)
+    args = choose_rows(args, plan)
     train_steps = TrainSteps(train, args, fabric.world_size, fabric.global_rank, share)
     val_batches = ValRows(val, train_steps.row_tokens, fabric.world_size, fabric.global_rank, share)
     args = resolve_args(args, checkpoint_dir, fabric, train_steps)
@@ -42,10 +48,14 @@ def main(args: FullTrainArgs) -> None:
         done = save.restore(state)
         optim.publish(trained, model)
 
-        # the loop
+        # whether the longest row fits, then the loop
+        if args.rehearse if args.rehearse is not None else fabric.device.type != "cpu":
+            rehearse(fabric, model, trained, optimizer, train_steps, args, plan)
         sample = sampler(model, tokenizer, args.sample_prompt, val if len(val) else train, fabric.autocast)
         lr_at = optim.lr_schedule(args, train_steps.max_steps)
-        last = fit(fabric, model, optimizer, lr_at, train_steps, val_batches, args, save, sample, done=done)
+        last = fit(
+            fabric, model, optimizer, lr_at, train_steps, val_batches, args, save, sample, None, done, plan.advice
+        )
 
         # the result
         if fabric.is_global_zero:

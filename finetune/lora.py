@@ -13,9 +13,11 @@ def main(args: LoRATrainArgs) -> None:
     """Train an adapter on ``args.data_dir`` and save it to ``args.out_dir``/adapter."""
     from lit_sft import checkpoint, layout, optim, runtime
     from lit_sft.batches import TrainSteps, ValRows
+    from lit_sft.fitting import choose_rows, make_plan, show_estimate
     from lit_sft.generate import sampler
     from lit_sft.loop import fit
     from lit_sft.lora import apply_lora
+    from lit_sft.rehearsal import rehearse
     from lit_sft.run import Saver, can_share_prefix, check_shards, finish, open_run, resolve_args
     from lit_sft.shards import Shards
     from lit_sft.tokenizer import Tokenizer
@@ -30,6 +32,10 @@ def main(args: LoRATrainArgs) -> None:
     # which examples make each step, on this process
     fabric = runtime.launch(args)
     share = can_share_prefix(args, checkpoint_dir, train)
+    plan = make_plan(args, checkpoint_dir, train, fabric.device.type, runtime.precision(fabric))
+    if args.estimate:
+        return show_estimate(plan)
+    args = choose_rows(args, plan)
     train_steps = TrainSteps(train, args, fabric.world_size, fabric.global_rank, share)
     val_batches = ValRows(val, train_steps.row_tokens, fabric.world_size, fabric.global_rank, share)
     args = resolve_args(args, checkpoint_dir, fabric, train_steps)
@@ -50,10 +56,14 @@ def main(args: LoRATrainArgs) -> None:
         save = Saver(fabric, args, layout.ADAPTER_WEIGHTS, trained, optimizer, config)
         done = save.restore(state)
 
-        # the loop
+        # whether the longest row fits, then the loop
+        if args.rehearse if args.rehearse is not None else fabric.device.type != "cpu":
+            rehearse(fabric, model, trained, optimizer, train_steps, args, plan, dropout)
         sample = sampler(model, tokenizer, args.sample_prompt, val if len(val) else train, fabric.autocast)
         lr_at = optim.lr_schedule(args, train_steps.max_steps)
-        last = fit(fabric, model, optimizer, lr_at, train_steps, val_batches, args, save, sample, dropout, done)
+        last = fit(
+            fabric, model, optimizer, lr_at, train_steps, val_batches, args, save, sample, dropout, done, plan.advice
+        )
 
         # the result
         if fabric.is_global_zero:

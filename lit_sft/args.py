@@ -270,7 +270,9 @@ class TrainArgs(Args):
         None, "examples per optimizer step, over all devices (default: 64, at most n/4)"
     )
     micro_batch_size: int = arg(1, "most examples in a packed row, if above 1; otherwise only the unit of max_iters")
-    micro_batch_tokens: int | None = arg(None, "longest packed row, in tokens (default: 8192 or the longest example)")
+    micro_batch_tokens: int | Literal["auto"] | None = arg(
+        None, "longest packed row, in tokens (default: 8192 or the longest example); auto: the longest that fits"
+    )
     share_prefix: bool = arg(True, "compute what examples of a row begin with alike once (not with LoRA dropout)")
     activation_checkpointing: str = arg(
         "none", "blocks computed again backward, to save memory: none, all, or a number K for every K-th"
@@ -292,6 +294,10 @@ class TrainArgs(Args):
         "stop", "what a loss or gradient that is not finite does: end the run, or leave the step without an update"
     )
     sample_prompt: str | None = arg(None, "instruction answered at each validation (default: the first val example's)")
+    estimate: bool = arg(False, "say how much memory the run would take and which settings fit, and end there")
+    rehearse: bool | None = arg(
+        None, "before the first step compute the longest row, to see whether it fits, and undo it (default: on a GPU)"
+    )
 
     @property
     def checkpoint_every(self) -> int:
@@ -312,7 +318,8 @@ class TrainArgs(Args):
         )
         positive += ("micro_batch_size", "learning_rate", "max_norm", "eval_interval", "save_interval", "save_minutes")
         positive += ("keep_last",)
-        wrong = {name: value for name in positive if (value := getattr(self, name)) is not None and not value > 0}
+        given = {name: value for name in positive if (value := getattr(self, name)) not in (None, "auto")}
+        wrong = {name: value for name, value in given.items() if not value > 0}
         limits = (self.epochs, self.max_steps, self.max_iters)
         return super().checks() | {
             **{f"--{name} {value} must be above 0": True for name, value in wrong.items()},
@@ -371,6 +378,25 @@ class FullTrainArgs(TrainArgs):
 
     out_dir: str = arg("out/full", "folder of this run: arguments, checkpoints, metrics, model")
     learning_rate: float = arg(2e-5, "highest learning rate")
+
+
+@dataclass
+class EstimateArgs(LoRATrainArgs):
+    """Flags of scripts/estimate.py: those of finetune/lora.py, and what the run is planned for."""
+
+    data_dir: str | None = arg(None, "folder a prepare script wrote; without it one example of micro_batch_tokens")
+    device_memory_gb: float | None = arg(
+        None, "memory of the GPU in 1e9 bytes (default: what is free on --device here)"
+    )
+    full: bool = arg(False, "plan finetune/full.py instead")
+
+    def checks(self) -> dict[str, bool]:  # noqa: D102
+        memory = self.device_memory_gb
+        return super().checks() | {
+            "--data_dir or --checkpoint_dir is needed": self.data_dir is None and self.checkpoint_dir is None,
+            f"--device_memory_gb {memory} must be above 0": memory is not None and not memory > 0,
+            "--full does not go with --quantize": self.full and self.quantize is not None,
+        }
 
 
 @dataclass

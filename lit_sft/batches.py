@@ -6,7 +6,7 @@ how the same sum is computed.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import ceil
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from lit_sft.shards import Shards
 
 DEFAULT_BATCH_SIZE = 64
 DEFAULT_ROW_TOKENS = 8192
+LOOKED_AT = 400  # steps, in search of the longest row: a second at most
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,32 @@ class TrainSteps:
             self.order = (epoch, torch.randperm(n, generator=generator, dtype=torch.int32))
         return self.order[1][start:end].tolist()
 
+    def heaviest_row(self) -> Row:
+        """The longest row of the run, over all processes.
+
+        Of a run of more than LOOKED_AT steps it is one that none exceeds: the longest examples, the last one cut.
+        """
+        if self.max_steps <= LOOKED_AT:
+            steps = (self.examples(number) for number in range(1, self.max_steps + 1))
+            plans = (p for examples in steps for p in self._plan(examples))
+            lengths = self.shards.lengths
+            return make_row(
+                self.shards, max(plans, key=lambda p: int(lengths[p.examples].sum()) - sum((p.shared or [0])[1:]))
+            )
+        order = self.shards.lengths.argsort(descending=True, stable=True)[: self.row_examples or self.batch_size]
+        n_taken = int((self.shards.lengths[order].cumsum(0) < self.row_tokens).sum()) + 1
+        return _cut(make_row(self.shards, RowPlan(order[:n_taken].tolist(), None)), self.row_tokens)
+
+    def _plan(self, examples: list[int]) -> list["RowPlan"]:
+        return plan_rows(self.shards, examples, self.row_tokens, self.row_examples, self.share_prefix)
+
     def alone(self, example: int) -> Row:
         """A row of one example."""
         return make_row(self.shards, RowPlan([example], None))
 
     def __getitem__(self, number: int) -> Step:
         examples = self.examples(number)
-        rows = plan_rows(self.shards, examples, self.row_tokens, self.row_examples, self.share_prefix)
+        rows = self._plan(examples)
         return Step(
             number=number,
             epoch=(number - 1) // self.per_epoch + 1,
@@ -172,6 +192,15 @@ def make_row(shards: Shards, plan: RowPlan) -> Row:
         pairs, counts = pairs.unique(dim=1, return_counts=True)
     input_ids = torch.cat([parts[s.example][0][s.start : s.end] for s in segments])
     return Row(input_ids, layout, *pairs, counts, plan.examples)
+
+
+def _cut(row: Row, n_tokens: int) -> Row:
+    """The first tokens of a row in which nothing is shared."""
+    ends = [min(end, n_tokens) for end in accumulate(row.layout.lengths)]
+    lengths = [end - start for start, end in pairwise([0, *ends])]
+    kept = row.positions < n_tokens
+    cut = {"positions": row.positions[kept], "labels": row.labels[kept]}
+    return replace(row, input_ids=row.input_ids[:n_tokens], layout=Layout(lengths), **cut)
 
 
 class ValRows:

@@ -40,6 +40,7 @@ def fit(
     sample: Callable[[int], str],
     dropout: ExampleDropout | None = None,
     done: int = 0,
+    advise: Callable[[int], str] | None = None,
 ) -> int:
     """Train from step ``done`` + 1 to the last; gives the last step made, fewer than all when ``max_time`` ran out.
 
@@ -55,6 +56,7 @@ def fit(
         sample: the model's answer to the run's fixed prompt, after a step.
         dropout: the adapters' shared dropout, told of each row.
         done: steps already made.
+        advise: what to change where a row of so many tokens does not fit into memory.
 
     Raises ``Interrupted``, after saving, when a signal asks for an end, and ``RunFailed``, after saving the state
     before the step, when a loss or gradient is not finite or the step does not fit into memory.
@@ -70,7 +72,7 @@ def fit(
                 metrics.close()
                 metrics.flush()
                 where = save(number - 1)
-                why = _explain(error, fabric, model, train_steps, number)
+                why = _explain(error, fabric, model, train_steps, number, advise)
                 raise RunFailed(f"{error}: {why}; the update was not made, saved {where}") from None
             n_skipped = n_skipped + 1 if record.get("skipped") else 0
             if n_skipped:
@@ -173,9 +175,18 @@ def train_step(
 
 
 @torch.no_grad()
-def _explain(error: Exception, fabric: Fabric, model: GPT, steps: TrainSteps, number: int) -> str:
+def _explain(
+    error: Exception,
+    fabric: Fabric,
+    model: GPT,
+    steps: TrainSteps,
+    number: int,
+    advise: Callable[[int], str] | None,
+) -> str:
     """What in step ``number`` made it fail."""
-    return _heaviest_row(steps, number) if isinstance(error, MemoryError) else _culprits(fabric, model, steps, number)
+    if isinstance(error, MemoryError):
+        return _heaviest_row(steps, number, advise)
+    return _culprits(fabric, model, steps, number)
 
 
 def _culprits(fabric: Fabric, model: GPT, steps: TrainSteps, number: int) -> str:
@@ -184,21 +195,24 @@ def _culprits(fabric: Fabric, model: GPT, steps: TrainSteps, number: int) -> str
     examples = [i for row in steps[number].rows for i in row.examples]
     losses = [float(summed_loss(fabric, model, steps.alone(i).to(fabric.device))) for i in examples]
     if culprits := [i for i, loss in zip(examples, losses, strict=True) if not math.isfinite(loss)]:
-        return f"from the train split's examples {_listed(culprits)}"
-    return f"though each example's own loss is finite, among {_listed(steps.examples(number))}"
+        return f"from the train split's examples {listed(culprits)}"
+    return f"though each example's own loss is finite, among {listed(steps.examples(number))}"
 
 
-def _heaviest_row(steps: TrainSteps, number: int) -> str:
+def _heaviest_row(steps: TrainSteps, number: int, advise: Callable[[int], str] | None) -> str:
     """The longest row of a step that does not fit into memory, and what to lower."""
     row = max(steps[number].rows, key=lambda row: row.input_ids.numel())
     n_tokens, longest = row.input_ids.numel(), int(steps.shards.lengths.max())
     lower = f"the same command goes on with --micro_batch_tokens {max(n_tokens // 2, longest)}"
+    if n_tokens > longest and advise:
+        lower = f"the same command goes on with {advise(n_tokens)}"
     if n_tokens <= longest:
         lower = f"start another run with --max_seq_length {longest // 2}"
-    return f"its longest packed row has {n_tokens} tokens (the train split's examples {_listed(row.examples)}); {lower}"
+    return f"its longest packed row has {n_tokens} tokens (the train split's examples {listed(row.examples)}); {lower}"
 
 
-def _listed(examples: list[int]) -> str:
+def listed(examples: list[int]) -> str:
+    """The first twenty numbers of examples."""
     return ", ".join(map(str, examples[:20])) + (", …" if len(examples) > 20 else "")
 
 

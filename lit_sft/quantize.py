@@ -3,6 +3,8 @@
 Only the frozen product is approximate; its gradient with respect to the input is that of the product it stands for.
 """
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -138,6 +140,11 @@ def place_quantized(model: GPT, name: str, layer: QuantizedLinear) -> None:
     parent, _, child = module.rpartition(".")
     layer.bias = model.get_submodule(module).bias
     setattr(model.get_submodule(parent), child, layer)
+
+
+def has_nf4() -> bool:
+    """Whether the library that NF4 needs is installed."""
+    return find_spec("bitsandbytes") is not None
 
 
 def _bitsandbytes():

@@ -44,11 +44,11 @@ class _Session:
 
     def note(self, output: Tensor, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
         again = _Again(function, [self.pack(x.detach()) for x in inputs])
-        self.made[output.untyped_storage().data_ptr()] = again
+        self.made[output.untyped_storage()._cdata] = again
         self.alive.append(output)
 
     def pack(self, tensor: Tensor) -> "Tensor | _Saved":
-        again = self.made.get(tensor.untyped_storage().data_ptr())
+        again = self.made.get(tensor.untyped_storage()._cdata)
         if again is None:
             return tensor
         again.n_waiting += 1

@@ -44,7 +44,7 @@ FREE = {
     "debug", "out_dir", "resume", "device", "devices", "micro_batch_size", "micro_batch_tokens", "max_time",
     "eval_interval", "save_interval", "save_minutes", "keep_last", "keep_best", "on_nonfinite", "sample_prompt",
     "checkpoint_dir", "data_dir", "max_iters", "epochs", "share_prefix", "activation_checkpointing", "compile",
-    "hardware", "threads", "torch", "lit_sft",
+    "hardware", "threads", "torch", "lit_sft", "estimate", "rehearse",
 }  # fmt: skip
 # those of them that move the last bits
 PLACES = (
@@ -182,6 +182,13 @@ def _check_resume(args: TrainArgs) -> None:
         raise InputError(f"{out_dir} holds an unfinished run; --resume auto goes on, or name another --out_dir")
     elif args.resume != "auto" and Path(args.resume).resolve().parent != (out_dir / STATES_DIR).resolve():
         raise InputError(f"--resume {args.resume}: no saved state; a folder of {out_dir / STATES_DIR} can be named")
+
+
+def going_on(args: TrainArgs) -> dict | None:
+    """What the unfinished run in ``args.out_dir`` was started with; None where there is none with a saved state."""
+    out_dir = Path(args.out_dir)
+    started = (out_dir / RUN_ARGUMENTS).is_file() and any((out_dir / STATES_DIR).glob("step-*"))
+    return _recorded(out_dir) if started else None
 
 
 def _recorded(out_dir: Path) -> dict:

@@ -246,6 +246,8 @@ TRAIN_FLAGS: dict[str, tuple[str, str, Any]] = {
     "keep_last": ("keep_last", "4", 4),
     "keep_best": ("keep_best", "false", False),
     "on_nonfinite": ("on_nonfinite", "skip", "skip"),
+    "estimate": ("estimate", "true", True),
+    "rehearse": ("rehearse", "false", False),
 }
 LORA_FLAGS = {
     "lora_r": ("lora_r", "8", 8),
@@ -346,6 +348,13 @@ CONTRACT = {
         "verify": ("verify", "true", True),
     },
     "doctor": {"checkpoint_dir": ("checkpoint_dir", *TEXT)},
+    "estimate": TRAIN_FLAGS
+    | LORA_FLAGS
+    | {
+        "device_memory_gb": ("device_memory_gb", "24", 24.0),
+        "full": ("full", "true", True),
+        "micro_batch_tokens": ("micro_batch_tokens", "auto", "auto"),
+    },
     "generate": GENERATE_FLAGS,
     "merge_lora": {name: (name, *TEXT) for name in ("lora_path", "checkpoint_dir", "out_dir")},
     "verify": {"path": ("path", *TEXT)},

@@ -1,0 +1,181 @@
+"""Which settings fit into the device's memory: --estimate, --micro_batch_tokens auto, advice when memory ran out."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from lit_sft.args import EstimateArgs, FullTrainArgs, LoRATrainArgs, TrainArgs
+from lit_sft.attention import Layout
+from lit_sft.batches import DEFAULT_ROW_TOKENS, Row, TrainSteps
+from lit_sft.config import ModelConfig
+from lit_sft.errors import InputError
+from lit_sft.estimate import Memory, measure
+from lit_sft.layout import check_checkpoint_dir
+from lit_sft.quantize import NF4, has_nf4
+from lit_sft.run import can_share_prefix, going_on
+from lit_sft.runtime import free_memory, pick_device, resident_memory
+from lit_sft.shards import Shards
+
+LONGEST_ROW = {"cpu": DEFAULT_ROW_TOKENS}  # longer ones are not faster there; elsewhere:
+LONGEST_ROW_ON_GPU = 32_768
+CUDA_CONTEXT = 600e6  # bytes of a GPU that the driver takes before the first tensor; assumed
+# glibc keeps what is freed in holes that torch's aligned tensors fit into badly: what a step takes beside the weights
+# was measured at 1.6 to 1.95 times its tensors, with every block checkpointed, and so freed and made again, at 2.9 to
+# 3.4 times (with M_MMAP_THRESHOLD fixed at 1 MB, which no run does for its cost in time, it was 1.1 to 1.2 times).
+HEAP_SLACK, CHECKPOINTED_SLACK = 0.75, 2.0
+GPU_SLACK = 0.05  # assumed of an allocator that rounds and splits
+# in 16 bits a CPU's libraries compile kernels for each length of an example and keep them: 180 to 220 MB for 57
+# examples (torch 2.13), up to a number of lengths that is assumed
+KERNELS_PER_LENGTH, MOST_LENGTHS = 4_000_000, 300
+
+
+@dataclass
+class Plan:
+    """One run whose memory is asked for, and what it may change to fit."""
+
+    args: TrainArgs
+    """precision given; micro_batch_tokens may be auto."""
+    config: ModelConfig
+    train: Shards | None
+    """None: rows are one example of micro_batch_tokens."""
+    share_prefix: bool
+    device: str
+    """cpu, cuda or mps."""
+    room: int
+    """Bytes that the run may take in all, on a CPU the process as it stands included."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example, which a row must hold."""
+        return int(self.train.lengths.max()) if self.train is not None else 1
+
+    def row(self, args: TrainArgs) -> Row:
+        """The heaviest row of the run."""
+        if self.train is not None:
+            return TrainSteps(self.train, args, args.devices, 0, self.share_prefix).heaviest_row()
+        n = min(args.micro_batch_tokens or DEFAULT_ROW_TOKENS, self.config.block_size)
+        ids = torch.zeros(n, dtype=torch.int64)
+        return Row(ids, Layout([n]), torch.arange(n - 1), ids[1:], None, [0])
+
+    def needed(self, args: TrainArgs) -> tuple[Memory, Row, int]:
+        """What the tensors take, the heaviest row, and the peak of the whole in bytes."""
+        row = self.row(args)
+        memory = measure(args, self.config, row)
+        fixed = memory.weights + memory.trained + memory.optimizer
+        held = resident_memory() + self._kernels(args) if self.device == "cpu" else 0
+        return memory, row, int(held + fixed + (memory.peak - fixed) * (1 + self._slack(args)))
+
+    def _slack(self, args: TrainArgs) -> float:
+        if self.device != "cpu":
+            return GPU_SLACK
+        share = 1 / args.checkpoint_every if args.checkpoint_every else 0.0
+        return HEAP_SLACK + share * (CHECKPOINTED_SLACK - HEAP_SLACK)
+
+    def _kernels(self, args: TrainArgs) -> int:
+        if self.train is None or args.precision not in ("bf16-true", "bf16-mixed"):
+            return 0
+        steps = TrainSteps(self.train, args)
+        visited = min(len(self.train), steps.batch_size * steps.max_steps)
+        return KERNELS_PER_LENGTH * min(len(self.train.lengths[:visited].unique()), MOST_LENGTHS)
+
+    def row_lengths(self, highest: int) -> list[int]:
+        """Values of micro_batch_tokens to choose from: ``highest`` and its halves, down to the longest example."""
+        values = [highest]
+        while values[-1] // 2 >= max(self.longest, 256):
+            values.append(values[-1] // 2)
+        return [max(value, self.longest) for value in values]
+
+    def choices(self, highest: int, started: bool = False) -> Iterator[tuple[str, int]]:
+        """Settings as flags, with the bytes that each needs; those that cost the least speed come first.
+
+        ``started``: only what a run may change that has begun.
+        """
+        lora = isinstance(self.args, LoRATrainArgs) and not self.args.quantize
+        quantize = [None, NF4] if lora and not started and has_nf4() else [None]
+        for kind, checkpointing in product(quantize, dict.fromkeys((self.args.activation_checkpointing, "all"))):
+            for n_tokens in self.row_lengths(highest):  # the longest that fits is enough
+                changes = {"micro_batch_tokens": n_tokens, "activation_checkpointing": checkpointing}
+                changes |= {"quantize": kind} if kind else {}
+                flags = [f"--{name} {value}" for name, value in changes.items() if value != getattr(self.args, name)]
+                needed = self.needed(replace(self.args, **changes))[2]
+                yield " ".join(flags) or "as asked", needed
+                if needed <= self.room:
+                    break
+
+    def advice(self, n_tokens: int, started: bool = True) -> str:
+        """Flags to use where a row of ``n_tokens`` did not fit, ``started``: in a run that has begun."""
+        for flags, needed in self.choices(max(n_tokens // 2, self.longest), started):
+            if needed <= self.room:
+                return f"{flags} (it is predicted to need {needed / 1e9:.1f} of {self.room / 1e9:.1f} GB)"
+        return f"--max_seq_length {self.longest // 2} in another --out_dir: no other setting is predicted to fit"
+
+
+def make_plan(args: TrainArgs, checkpoint_dir: Path, train: Shards | None, device: str, precision: str) -> Plan:
+    """The plan of a run on ``device`` as it is now."""
+    share = train is not None and can_share_prefix(args, checkpoint_dir, train)
+    config = ModelConfig.from_dir(checkpoint_dir)
+    return Plan(replace(args, precision=precision), config, train, share, device, free_memory(device))
+
+
+def plan_elsewhere(args: EstimateArgs) -> Plan:
+    """The plan of scripts/estimate.py: for a GPU of ``--device_memory_gb``, else for the device here as it is now."""
+    train = Shards(args.data_dir, "train", args.max_seq_length) if args.data_dir else None
+    checkpoint_dir = check_checkpoint_dir(args.checkpoint_dir or train.manifest.facts["checkpoint_dir"])
+    device = "cuda" if args.device_memory_gb else pick_device(args.device)
+    precision = args.precision or ("bf16-true" if device == "cuda" else "32-true")
+    run: TrainArgs = args
+    if args.full:
+        names = {f.name for f in fields(FullTrainArgs)} - {"data_dir"}
+        run = FullTrainArgs(data_dir=args.data_dir or "-", **{name: getattr(args, name) for name in names})
+    if args.micro_batch_tokens == "auto":
+        run = replace(run, micro_batch_tokens=None)
+    if args.device_memory_gb is None:
+        return make_plan(run, checkpoint_dir, train, device, precision)
+    plan = make_plan(run, checkpoint_dir, train, "cpu", precision)
+    return replace(plan, device=device, room=int(args.device_memory_gb * 1e9 - CUDA_CONTEXT))
+
+
+def choose_rows(args: TrainArgs, plan: Plan) -> TrainArgs:
+    """The arguments with ``micro_batch_tokens`` a number where it was auto: the run's own, or the longest that fits.
+
+    InputError, with what would fit, when not even the longest example is predicted to.
+    """
+    if args.micro_batch_tokens != "auto":
+        return args
+    if before := going_on(args):
+        return replace(args, micro_batch_tokens=before["micro_batch_tokens"])
+    values = plan.row_lengths(max(LONGEST_ROW.get(plan.device, LONGEST_ROW_ON_GPU), plan.longest))
+    for n_tokens in values:
+        chosen = replace(args, micro_batch_tokens=n_tokens)
+        if plan.needed(replace(chosen, precision=plan.args.precision))[2] <= plan.room:
+            return chosen
+    raise InputError(
+        f"--micro_batch_tokens auto: the longest example, {plan.longest} tokens, is not predicted to fit into "
+        f"{plan.room / 1e9:.1f} GB; try {plan.advice(plan.longest, False)}"
+    )
+
+
+def show_estimate(plan: Plan) -> None:
+    """Print what the run would take, and which settings fit."""
+    args = choose_rows(plan.args, plan)
+    if args.micro_batch_tokens is None:
+        args = replace(args, micro_batch_tokens=max(DEFAULT_ROW_TOKENS, plan.longest))
+    plan = replace(plan, args=args)
+    memory, row, peak = plan.needed(args)
+    shown = f"{len(row.examples)} examples: {', '.join(map(str, row.examples[:10]))}{', …' * (len(row.examples) > 10)}"
+    if plan.train is None:
+        shown = "assumed: one example"
+    print(f"{plan.args.precision} on {plan.device}, heaviest row {row.input_ids.numel():,} tokens ({shown})")
+    parts = {"weights": memory.weights, "adapter or masters": memory.trained, "optimizer": memory.optimizer}
+    parts |= {"activations, gradients": memory.activations, "validation in all": memory.validate, "peak": peak}
+    for name, size in parts.items():
+        print(f"  {name:24} {size / 1e9:8.2f} GB")
+    print(f"  {'memory for the run':24} {plan.room / 1e9:8.2f} GB")
+    print("settings, and what each is predicted to need:")
+    for flags, needed in plan.choices(args.micro_batch_tokens):
+        print(f"  {needed / 1e9:8.2f} GB  {'fits' if needed <= plan.room else 'too large':10} {flags}")
+    sys.stdout.flush()
