@@ -55,7 +55,8 @@ class LoRALinear(nn.Module):
         low_rank = F.linear(dropped, self.lora_A.to(x.dtype))
         y = self.base(x)
         product = self.lora_B.to(y.dtype).T
-        return torch.addmm(y.flatten(0, -2), low_rank.flatten(0, -2), product, alpha=self.scaling).view(y.shape)
+        flat = y.reshape(-1, self.out_features), low_rank.reshape(-1, product.shape[0])
+        return torch.addmm(*flat, product, alpha=self.scaling).view(y.shape)
 
     def _drop(self, x: Tensor) -> Tensor:
         return self.dropout(x, self.number)

@@ -150,3 +150,12 @@ def test_dropout_refuses_tokens_it_was_not_told_of() -> None:
     with pytest.raises(RuntimeError, match="begin_row"):
         layer(torch.ones(1, 3, 4))
     assert torch.isfinite(layer.eval()(torch.ones(1, 3, 4))).all()
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6), (0, 6)])
+def test_inputs_of_any_dimension(shape: tuple[int, ...]) -> None:
+    layer = LoRALinear(nn.Linear(6, 5), LoRAArgs(lora_r=2), None, 0)
+    nn.init.normal_(layer.lora_A)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(shape)
+    assert torch.allclose(layer(x), layer.base(x) + x @ layer.delta().T, atol=1e-5)
