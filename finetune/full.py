@@ -9,7 +9,7 @@ def main(args: FullTrainArgs) -> None:
     """Train all weights on ``args.data_dir`` and save the model, a checkpoint_dir, to ``args.out_dir``/model."""
     from lit_sft import checkpoint, layout, optim, runtime
     from lit_sft.batches import TrainSteps, ValRows
-    from lit_sft.fitting import choose_rows, make_plan, show_estimate
+    from lit_sft.fitting import choose_settings, make_plan, show_estimate
     from lit_sft.generate import sampler
     from lit_sft.loop import fit
     from lit_sft.prompts import PROMPT_FACTS
@@ -31,7 +31,7 @@ def main(args: FullTrainArgs) -> None:
     plan = make_plan(args, checkpoint_dir, train, fabric.device.type, runtime.precision(fabric))
     if args.estimate:
         return show_estimate(plan)
-    args = choose_rows(args, plan)
+    args = choose_settings(args, plan)
     train_steps = TrainSteps(train, args, fabric.world_size, fabric.global_rank, share)
     val_batches = ValRows(val, train_steps.row_tokens, fabric.world_size, fabric.global_rank, share)
     args = resolve_args(args, checkpoint_dir, fabric, train_steps)

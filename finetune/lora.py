@@ -13,7 +13,7 @@ def main(args: LoRATrainArgs) -> None:
     """Train an adapter on ``args.data_dir`` and save it to ``args.out_dir``/adapter."""
     from lit_sft import checkpoint, layout, optim, runtime
     from lit_sft.batches import TrainSteps, ValRows
-    from lit_sft.fitting import choose_rows, make_plan, show_estimate
+    from lit_sft.fitting import choose_settings, make_plan, show_estimate
     from lit_sft.generate import sampler
     from lit_sft.loop import fit
     from lit_sft.lora import apply_lora
@@ -35,7 +35,7 @@ def main(args: LoRATrainArgs) -> None:
     plan = make_plan(args, checkpoint_dir, train, fabric.device.type, runtime.precision(fabric))
     if args.estimate:
         return show_estimate(plan)
-    args = choose_rows(args, plan)
+    args = choose_settings(args, plan)
     train_steps = TrainSteps(train, args, fabric.world_size, fabric.global_rank, share)
     val_batches = ValRows(val, train_steps.row_tokens, fabric.world_size, fabric.global_rank, share)
     args = resolve_args(args, checkpoint_dir, fabric, train_steps)

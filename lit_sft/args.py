@@ -275,7 +275,8 @@ class TrainArgs(Args):
     )
     share_prefix: bool = arg(True, "compute what examples of a row begin with alike once (not with LoRA dropout)")
     activation_checkpointing: str = arg(
-        "none", "blocks computed again backward, to save memory: none, all, or a number K for every K-th"
+        "none",
+        "blocks computed again backward, to save memory: none, all, a number K for every K-th, or auto: as few as fit",
     )
     compile: bool | None = arg(None, "compile the blocks, once for rows of any length (default: on CUDA)")
     max_seq_length: int | None = arg(None, "cut examples again, below the shards' length", "override_max_seq_length")
@@ -302,7 +303,7 @@ class TrainArgs(Args):
     @property
     def checkpoint_every(self) -> int:
         """Of how many blocks one is computed again backward; 0: none is, -1: the flag says something else."""
-        named = {"none": 0, "all": 1}
+        named = {"none": 0, "all": 1, "auto": 0}  # which a run replaces by what it chooses
         number = int(self.activation_checkpointing) if self.activation_checkpointing.isdecimal() else -1
         return named.get(self.activation_checkpointing, number if number > 0 else -1)
 
@@ -324,7 +325,7 @@ class TrainArgs(Args):
         return super().checks() | {
             **{f"--{name} {value} must be above 0": True for name, value in wrong.items()},
             f"--max_seq_length {self.max_seq_length} must be at least 2": (self.max_seq_length or 2) < 2,
-            f"--activation_checkpointing {self.activation_checkpointing} must be none, all or a number above 0": (
+            f"--activation_checkpointing {self.activation_checkpointing} must be none, auto, all or a number above 0": (
                 self.checkpoint_every < 0
             ),
             f"--lr_warmup_steps {self.lr_warmup_steps} must not be negative": self.lr_warmup_steps < 0,

@@ -139,29 +139,35 @@ def plan_elsewhere(args: EstimateArgs) -> Plan:
     return replace(plan, device=device, room=int(args.device_memory_gb * 1e9 - CUDA_CONTEXT))
 
 
-def choose_rows(args: TrainArgs, plan: Plan) -> TrainArgs:
-    """The arguments with ``micro_batch_tokens`` a number where it was auto: the run's own, or the longest that fits.
+def choose_settings(args: TrainArgs, plan: Plan) -> TrainArgs:
+    """The arguments with what was auto chosen: the run's own, or the least recomputation, then the longest row, to fit.
 
     InputError, with what would fit, when not even the longest example is predicted to.
     """
-    if args.micro_batch_tokens != "auto":
+    asked = [name for name in ("micro_batch_tokens", "activation_checkpointing") if getattr(args, name) == "auto"]
+    if not asked:
         return args
     if before := going_on(args):
-        return replace(args, micro_batch_tokens=before["micro_batch_tokens"])
-    values = plan.row_lengths(max(LONGEST_ROW.get(plan.device, LONGEST_ROW_ON_GPU), plan.longest))
-    for n_tokens in values:
-        chosen = replace(args, micro_batch_tokens=n_tokens)
+        return replace(args, **{name: before[name] for name in asked})
+    rows, blocks = [args.micro_batch_tokens], [args.activation_checkpointing]
+    if "micro_batch_tokens" in asked:
+        rows = plan.row_lengths(max(LONGEST_ROW.get(plan.device, LONGEST_ROW_ON_GPU), plan.longest))
+    if "activation_checkpointing" in asked:
+        blocks = ["none", "4", "2", "all"]
+    for checkpointing, n_tokens in product(blocks, rows):
+        chosen = replace(args, micro_batch_tokens=n_tokens, activation_checkpointing=checkpointing)
         if plan.needed(replace(chosen, precision=plan.args.precision))[2] <= plan.room:
             return chosen
+    flags = " ".join(f"--{name} auto" for name in asked)
     raise InputError(
-        f"--micro_batch_tokens auto: the longest example, {plan.longest} tokens, is not predicted to fit into "
+        f"{flags}: the longest example, {plan.longest} tokens, is not predicted to fit into "
         f"{plan.room / 1e9:.1f} GB; try {plan.advice(plan.longest, False)}"
     )
 
 
 def show_estimate(plan: Plan) -> None:
     """Print what the run would take, and which settings fit."""
-    args = choose_rows(plan.args, plan)
+    args = choose_settings(plan.args, plan)
     if args.micro_batch_tokens is None:
         args = replace(args, micro_batch_tokens=max(DEFAULT_ROW_TOKENS, plan.longest))
     plan = replace(plan, args=args)

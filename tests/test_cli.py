@@ -456,7 +456,7 @@ NO_SUCH_THING: list[tuple[str, str, list[str], str]] = [
     ("zero iterations", "lora", ["--max_iters", "0"], "--max_iters 0 must be above 0"),
     ("negative time", "lora", ["--max_time", "-1"], "--max_time -1.0 must be above 0"),
     ("zero batch", "lora", ["--global_batch_size", "0"], "--global_batch_size 0 must be above 0"),
-    ("checkpointing", "lora", ["--activation_checkpointing", "some"], "must be none, all or a number above 0"),
+    ("checkpointing", "lora", ["--activation_checkpointing", "some"], "must be none, auto, all or a number above 0"),
     ("zero row", "lora", ["--micro_batch_tokens", "0"], "--micro_batch_tokens 0 must be above 0"),
     ("zero micro-batch", "lora", ["--micro_batch_size", "0"], "--micro_batch_size 0 must be above 0"),
     ("no devices", "lora", ["--devices", "0"], "--devices 0 must be above 0"),

@@ -143,18 +143,18 @@ def test_auto_takes_the_longest_row_that_fits_and_keeps_it(
         lora_args(data[1], tmp_path, micro_batch_tokens="auto"), data[0], Shards(data[1], "train"), "cpu", "32-true"
     )
     needed = {n: plan.needed(replace(plan.args, micro_batch_tokens=n))[2] for n in (8192, 4096, 2048, 1024)}
-    assert fitting.choose_rows(plan.args, plan).micro_batch_tokens == 8192
+    assert fitting.choose_settings(plan.args, plan).micro_batch_tokens == 8192
     tight = replace(plan, room=(needed[2048] + needed[1024]) // 2)
-    assert fitting.choose_rows(plan.args, tight).micro_batch_tokens == 1024
+    assert fitting.choose_settings(plan.args, tight).micro_batch_tokens == 1024
     with pytest.raises(InputError, match=r"longest example, .* is not predicted to fit"):
-        fitting.choose_rows(plan.args, replace(plan, room=1))
+        fitting.choose_settings(plan.args, replace(plan, room=1))
     out = tmp_path / "out"
     monkeypatch.setattr(fitting, "free_memory", lambda device: tight.room)
     lora.main(lora_args(data[1], out, micro_batch_tokens="auto", max_steps=1))
     assert yaml.safe_load((out / "run.yaml").read_text())["micro_batch_tokens"] == 1024
     (out / "DONE").unlink()
     monkeypatch.setattr(fitting, "free_memory", lambda device: 1 << 40)
-    assert fitting.choose_rows(lora_args(data[1], out, micro_batch_tokens="auto"), plan).micro_batch_tokens == 1024
+    assert fitting.choose_settings(lora_args(data[1], out, micro_batch_tokens="auto"), plan).micro_batch_tokens == 1024
 
 
 # --- the rehearsal ---
