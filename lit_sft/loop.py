@@ -73,6 +73,7 @@ def fit(
                 metrics.flush()
                 where = save(number - 1)
                 why = _explain(error, fabric, model, train_steps, number, advise)
+                fabric.barrier()  # the first process to fail ends the others
                 raise RunFailed(f"{error}: {why}; the update was not made, saved {where}") from None
             n_skipped = n_skipped + 1 if record.get("skipped") else 0
             if n_skipped:
