@@ -166,5 +166,7 @@ class ModelConfig:
         try:
             values = json.loads(path.read_text())
             return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        except InputError as error:
+            raise InputError(f"{path}: {error}; convert the checkpoint again") from None
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path} cannot be read ({error}); convert the checkpoint again") from None
