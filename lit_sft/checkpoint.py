@@ -331,7 +331,7 @@ def _set_aside(directory: Path, why: str) -> None:
 def load_state(
     directory: Path, weights_name: str, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict:
-    """Restore what ``save_state`` wrote, in place; gives its facts, ``step`` among them. InputError where it differs."""
+    """Restore what ``save_state`` wrote, in place; gives its facts, ``step`` among them. InputError where it is odd."""
     facts = read_state_facts(directory)
     copy_tensors(trained, directory / weights_name)
     numbers = {name: number for number, name in enumerate(trained)}

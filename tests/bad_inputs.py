@@ -197,8 +197,10 @@ TARGETS: dict[str, list[str]] = {
     "export_gguf": ["base/config.json", "base/tokenizer.model", "base/model_config.json"],
     "import_peft": ["peft/adapter_config.json", "peft/adapter_model.safetensors"],
 }  # fmt: skip
-VALUES = (None, True, -1, 0, 1, 2, 3, 7, 10**6, 2**31, 2**63, 10**30, -0.5, 1e-300, 1e300, float("nan"), float("inf"),
-          "", "x", "../x", "/etc/passwd", "\0", "é", [], [[]], {}, [1, "a"], {"a": {}}, "llama", "gelu", "linear")  # fmt: skip
+VALUES = (
+    None, True, -1, 0, 1, 2, 3, 7, 10**6, 2**31, 2**63, 10**30, -0.5, 1e-300, 1e300, float("nan"), float("inf"),
+    "", "x", "../x", "/etc/passwd", "\0", "é", [], [[]], {}, [1, "a"], {"a": {}}, "llama", "gelu", "linear",
+)  # fmt: skip
 STARTS = {
     "raw/tokenizer_config.json": '{"add_bos_token": true, "eos_token": "</s>", "added_tokens_decoder": {}}',
     "base/tokenizer_config.json": '{"add_bos_token": true, "eos_token": "</s>", "chat_template": "{{ messages[0] }}"}',

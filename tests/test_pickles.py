@@ -6,6 +6,7 @@ Hashes are recorded anew, as somebody who sends the files would do: what protect
 import io
 import json
 import pickle
+import re
 import shutil
 import tarfile
 import zipfile
@@ -16,7 +17,12 @@ import numpy as np
 import pytest
 import torch
 from bad_inputs import COMMANDS, RESUME, attempt, make_world, rehash
+from conftest import ROOT
 from faults import fork, here
+
+from lit_sft.convert import open_pickle
+from lit_sft.errors import InputError
+from lit_sft.shards import _load
 
 CANARY = Path("canary")  # in the working directory, where nothing that is run could miss it
 
@@ -49,11 +55,11 @@ class Built:
         return (dict, (), None, None, iter([("x", Touch())]))
 
 
-class Restored:
-    """By a __setstate__ that is found by its name."""
+class Method:
+    """By a method of an object, which is looked up by its name."""
 
     def __reduce__(self) -> tuple:
-        return (getattr, (CANARY, "touch"), None)
+        return (CANARY.touch, ())
 
 
 def plain(what: object, protocol: int) -> bytes:
@@ -104,7 +110,7 @@ PAYLOADS: dict[str, Callable[[], bytes]] = {
     "torch.save of old": lambda: saved({"x": Executed()}, zipped=False),
     "beside a tensor": lambda: saved({"wte.weight": torch.ones(2), "x": [Evaluated()]}),
     "by an allowed object": lambda: saved({"x": Built()}),
-    "by a method's name": lambda: saved({"x": Restored()}),
+    "by a method's name": lambda: saved({"x": Method()}),
     "STACK_GLOBAL by hand": lambda: by_hand(b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0ctouch canary\x85R."),
     "INST by hand": lambda: by_hand(b"(S'touch canary'\nios\nsystem\n."),
     "a tar of pickles": old_tar,
@@ -131,10 +137,10 @@ PLACES: dict[str, tuple[str, list[str]]] = {
     f"{STATE}/state.json": ("lora", RESUME),
     "cut/run.yaml": ("lora", RESUME),
 }
-# every payload where pickles are read, and one of them everywhere else
-PICKLED = ("raw/pytorch_model.bin", "data/train-00000.pt", "peft/adapter_model.bin")
-CASES = [(place, payload) for place in PICKLED for payload in PAYLOADS]
-CASES += [(place, "protocol 0") for place in PLACES if place not in PICKLED]
+# one that the file's own reader would take for its own, or else the oldest kind
+CASES = [(place, "beside a tensor" if place.endswith((".bin", ".pt")) else "protocol 0") for place in PLACES]
+# the two functions in which anything is unpickled that comes from elsewhere
+READERS: dict[str, Callable[[Path], object]] = {"weights": lambda path: list(open_pickle(path)), "shards": _load}
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +170,28 @@ def test_a_hostile_pickle_is_refused_and_never_run(place: str, payload: str, wor
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("reader", READERS)
+def test_no_kind_of_pickle_is_run(reader: str, payload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file.bin").write_bytes(PAYLOADS[payload]())
+    with pytest.raises(InputError, match=r"file\.bin"):
+        READERS[reader](Path("file.bin"))
+    assert not CANARY.exists()
+
+
+def test_nothing_else_unpickles() -> None:
+    """Each torch.load is told to read tensors only; pickle itself reads what this process wrote for another."""
+    found = []
+    for path in sorted((ROOT / "lit_sft").rglob("*.py")):
+        for line in path.read_text().splitlines():
+            if re.search(r"torch\.load\(|np\.load\(.*allow_pickle|pickle\.loads?\(|Unpickler", line):
+                found.append((path.stem, "weights_only=True" in line))
+    assert found == [("convert", True), ("convert", True), ("figures", True), ("shards", True), ("spool", False)]
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
 def test_the_pickles_are_hostile(payload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read as one should not read them, they do what they want; but for the tar, which torch itself reads no more."""
+    """Read as one should not read them, they do what they want."""
     monkeypatch.chdir(tmp_path)
     content = PAYLOADS[payload]()
 
@@ -184,4 +210,4 @@ def test_the_pickles_are_hostile(payload: str, tmp_path: Path, monkeypatch: pyte
 
 
 def test_there_are_more_than_twenty() -> None:
-    assert len(CASES) >= 50 and len(PAYLOADS) >= 12 and len(PLACES) >= 17
+    assert len(PAYLOADS) * len(READERS) >= 24 and len(PLACES) >= 17
