@@ -19,6 +19,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import bitsandbytes  # noqa: F401 (warm: a child would need seconds for it)
 import torch
 from faults import FAULTS, KILL, FileOperations, fork, leftovers, start, wait
-import bitsandbytes  # noqa: F401 (warm: a child would need seconds for it)
 from lightning.fabric import Fabric  # noqa: F401 (the same)
 
 from demo.make_checkpoint import train_tokenizer
@@ -280,6 +281,23 @@ def fail_operations(world: Path, every: int) -> tuple[dict, list[str]]:
     return dict(counts), problems
 
 
+def fail_writers() -> tuple[dict, list[str]]:
+    """Fail each file operation of all else that writes, in each way: tests/test_faults.py without its sampling."""
+    code = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__).with_name("test_faults.py")),
+    ]
+    environment = os.environ | {"LIT_SFT_EVERY_FAULT": "1"}
+    done = subprocess.run(code, env=environment, capture_output=True, text=True)
+    *_, last = done.stdout.splitlines() or [""]
+    return {"tests": last}, [done.stdout[-3000:]] if done.returncode else []
+
+
 def measure(world: Path, n_steps: int) -> dict:
     """Train ``n_steps`` tiny steps; memory and open files after a tenth of them and at the end."""
     heard, tell = os.pipe()
@@ -344,6 +362,10 @@ def main() -> None:
             tell(figures)
         if args.faults:
             figures["faults"], found = fail_operations(world, args.faults)
+            problems += found
+            tell(figures)
+        if args.faults == 1:
+            figures["writers"], found = fail_writers()
             problems += found
             tell(figures)
         if args.fuzz:

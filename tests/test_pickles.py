@@ -201,7 +201,8 @@ def test_the_pickles_are_hostile(payload: str, tmp_path: Path, monkeypatch: pyte
         elif payload.startswith("protocol"):
             pickle.loads(content)
         elif payload == "a tar of pickles":
-            pickle.loads(tarfile.open(fileobj=io.BytesIO(content)).extractfile("pickle").read())
+            with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+                pickle.loads(archive.extractfile("pickle").read())
         else:
             torch.load(io.BytesIO(content), weights_only=False)
 
