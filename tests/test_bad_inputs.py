@@ -254,7 +254,7 @@ BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
          edit("run/adapter/adapter_config.json", stop_ids="end"), "stop_ids"),
     ],
     "peft": [
-        ("no config", "import_peft", [], remove("peft/adapter_config.json"), "adapter_config.json is missing"),
+        ("no config", "import_peft", [], remove("peft/adapter_config.json"), "holds no adapter_config.json"),
         ("config cut", "import_peft", [], cut("peft/adapter_config.json"), "adapter_config.json"),
         ("another kind", "import_peft", [], edit("peft/adapter_config.json", peft_type="IA3"), "IA3"),
         ("a rank of text", "import_peft", [], edit("peft/adapter_config.json", r="four"), "r"),
