@@ -239,6 +239,7 @@ def kill_runs(world: Path, expected: dict, n_kills: int, seed: int) -> tuple[dic
         _, problem = killer.run(recipe, out_dir, left, expected[recipe])
         problems += [problem] if problem else []
         n_runs += 1
+        tell({"killed so far": {"runs": n_runs, **killer.kills}})
         shutil.rmtree(out_dir, ignore_errors=True) if not problem else None
     return {"kills": killer.kills.total(), "runs": n_runs, **killer.kills}, problems
 
