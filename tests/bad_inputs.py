@@ -34,6 +34,7 @@ COMMANDS: dict[str, list[str]] = {
     "prepare_dataset": ["--data_file=rows.jsonl", "--checkpoint_dir=base", "--destination_path=new"],
     "lora": ["--data_dir=data", "--out_dir=new", "--device=cpu", "--max_steps=1", "--global_batch_size=2"],
     "full": ["--data_dir=data", "--out_dir=new", "--device=cpu", "--max_steps=1", "--global_batch_size=2"],
+    "estimate": ["--data_dir=data", "--device=cpu", "--device_memory_gb=8", "--global_batch_size=2"],
     "generate": ["--checkpoint_dir=base", "--prompt=Hi", "--max_new_tokens=1", "--device=cpu"],
     "merge_lora": ["--lora_path=run", "--out_dir=new"],
     "export_hf": ["--checkpoint_dir=base", "--out_dir=new"],

@@ -147,7 +147,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return inputs
 
 
-WRITING = {name: [name, *argv] for name, argv in COMMANDS.items() if name not in ("doctor", "verify", "generate")}
+WRITING = {
+    name: [name, *argv] for name, argv in COMMANDS.items() if name not in ("doctor", "verify", "generate", "estimate")
+}
 WRITING["resume"] = ["lora", *RESUME]
 
 
