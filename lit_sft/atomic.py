@@ -19,6 +19,7 @@ from lit_sft.errors import InputError, NewerFormat
 from lit_sft.layout import MANIFEST
 
 FORMAT_VERSION = 1
+LOCK = ".lock"
 
 
 def fsync(path: Path) -> None:
@@ -181,7 +182,7 @@ def sweep(parent: Path) -> None:
 def lock(directory: Path) -> Iterator[None]:
     """Hold ``directory`` for this process; InputError names the holder. The lock dies with its process."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("a+") as file:
+    with (directory / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,7 +32,7 @@ from lit_sft.layout import (
 )
 from lit_sft.lora import apply_lora, lora_state_dict
 from lit_sft.model import GPT
-from lit_sft.prompts import PROMPT_FACTS
+from lit_sft.prompts import PROMPT_FACTS, check_prompt_facts
 from lit_sft.quantize import is_quantized, place_quantized, quantized
 from lit_sft.weights import CHECKPOINT, Weight, write_checkpoint, write_safetensors
 
@@ -63,6 +63,7 @@ def load_model(
     directory = check_checkpoint_dir(checkpoint_dir)
     manifest = Manifest.read(directory, CHECKPOINT)
     manifest.check_files(directory, unhashed=".safetensors")
+    check_prompt_facts(manifest.facts, directory / MANIFEST)
     config = ModelConfig.from_dir(directory)
     if config.n_layer > (n := _count_weights(directory, manifest)):  # before modules are made by the million
         raise InputError(f"{directory}: {config.n_layer} layers are asked for, but there are {n} weights in all")
@@ -162,8 +163,20 @@ def resolve_base(checkpoint_dir: str | None, adapter: dict) -> Path:
 
 
 def read_adapter_config(path: str | Path) -> dict:
-    """The contents of adapter_config.json: LoRA's arguments and the facts saved beside them."""
-    return read_json(resolve_adapter_dir(path) / ADAPTER_CONFIG)
+    """The contents of adapter_config.json: LoRA's arguments and the facts saved beside them.
+
+    InputError when one of them is missing, unknown or of another type.
+    """
+    file = resolve_adapter_dir(path) / ADAPTER_CONFIG
+    config, kinds = read_json(file), get_type_hints(LoRAArgs)
+    for name in ("checkpoint_dir", "base_fingerprint", *(n for n in config if n.startswith("lora_"))):
+        kind = kinds.get(name, None if name.startswith("lora_") else str)
+        if kind is None:
+            raise InputError(f"{file}: {name} is unknown; a later lit_sft may know it: update lit_sft")
+        if type(value := config.get(name)) is not kind and not (kind is float and type(value) is int):
+            raise InputError(f"{file}: {name} is {value!r}, not of the kind that is written there; train it again")
+    check_prompt_facts(config, file)
+    return config
 
 
 def load_adapter(model: GPT, adapter_dir: str | Path, checkpoint_dir: Path) -> None:
@@ -195,7 +208,13 @@ def _open_adapter(adapter_dir: str | Path, checkpoint_dir: Path) -> tuple[LoRAAr
         raise InputError(
             f"{folder} was trained on {config['checkpoint_dir']}, whose weights differ from those of {checkpoint_dir}"
         )
-    return LoRAArgs(**{k: v for k, v in config.items() if k.startswith("lora_")}), folder / ADAPTER_WEIGHTS
+    lora, path = LoRAArgs(**{k: v for k, v in config.items() if k.startswith("lora_")}), folder / ADAPTER_WEIGHTS
+    with _opened(path) as file:  # before memory is asked for by what the config says
+        ranks = {tuple(file.get_slice(n).get_shape())[:1] for n in file.keys() if n.endswith("lora_A")}  # noqa: SIM118
+    if ranks != {(lora.lora_r,)}:
+        found = ", ".join(map(str, sorted(rank for (rank,) in ranks - {()}))) or "none"
+        raise InputError(f"{path} holds adapters of rank {found}; {ADAPTER_CONFIG} beside it says {lora.lora_r}")
+    return lora, path
 
 
 @contextmanager
@@ -312,7 +331,8 @@ def _set_aside(directory: Path, why: str) -> None:
 def load_state(
     directory: Path, weights_name: str, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict:
-    """Restore what ``save_state`` wrote, in place; gives its facts, ``step`` among them."""
+    """Restore what ``save_state`` wrote, in place; gives its facts, ``step`` among them. InputError where it is odd."""
+    facts = read_state_facts(directory)
     copy_tensors(trained, directory / weights_name)
     numbers = {name: number for number, name in enumerate(trained)}
     state = optimizer.state_dict()
@@ -321,9 +341,28 @@ def load_state(
             name, _, slot = key.rpartition(".")
             if name not in numbers:
                 raise InputError(f"{directory / OPTIMIZER_WEIGHTS} holds {key}, of which the run trains nothing")
-            state["state"].setdefault(numbers[name], {})[slot] = file.get_tensor(key).clone()
+            tensor = file.get_tensor(key)
+            if tensor.shape not in (trained[name].shape, torch.Size()):
+                raise InputError(f"{directory / OPTIMIZER_WEIGHTS}: {key} has shape {tuple(tensor.shape)}")
+            state["state"].setdefault(numbers[name], {})[slot] = tensor.clone()
+    slots = [state["state"].get(number, {}).keys() for number in numbers.values()]
+    if odd := [name for name, found in zip(numbers, slots, strict=True) if found != slots[0]]:
+        raise InputError(f"{directory / OPTIMIZER_WEIGHTS} holds of {odd[0]} other slots than of {next(iter(numbers))}")
     optimizer.load_state_dict(state)
-    return read_json(directory / STATE_FACTS)
+    return facts
+
+
+def read_state_facts(directory: Path) -> dict:
+    """The facts of a saved state; InputError when one is missing or cannot be."""
+    facts, none = read_json(directory / STATE_FACTS), type(None)
+    kinds = {"step": (int,), "best_step": (int, none), "best_val_loss": (float, int, none), "scaler": (dict,)}
+    if wrong := [name for name, kind in kinds.items() if name not in facts or type(facts[name]) not in kind]:
+        raise InputError(
+            f"{directory / STATE_FACTS}: {wrong[0]} is {facts.get(wrong[0], 'missing')!r}; move {directory} away"
+        )
+    if directory.name != state_name(facts["step"]):
+        raise InputError(f"{directory} holds the state after step {facts['step']}, which is not what its name says")
+    return facts
 
 
 def prune_states(out_dir: Path, keep: int, best_step: int | None) -> None:

@@ -4,13 +4,15 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from importlib import import_module
 from inspect import cleandoc
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 import jsonargparse
 
@@ -19,6 +21,7 @@ from lit_sft.atomic import without_secrets
 from lit_sft.errors import InputError, Interrupted, RunFailed, stops, words
 
 UNFINISHED = "nothing is left half written"
+OTHERS_SECONDS = 4.0  # a process that failed waits as long for the first of them, whose exit code is the command's
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -86,7 +89,28 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
         code = _complain(error, argv, 1)
     except Exception as error:
         code = _complain(error, argv, 1, f"unexpected {type(error).__name__}: {error}; --debug true shows where")
-    sys.exit(code)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End with this exit code: by SystemExit, but at once where this is one process of several.
+
+    Gloo's threads live on until then, and one that wants to free a tensor just when the interpreter is taken down
+    aborts the process, whatever its exit code was to be.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if not (distributed and distributed.is_available() and distributed.is_initialized()):
+        sys.exit(code)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    with suppress(OSError, ValueError):  # nobody reads them any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    first = os.getppid()  # it started the others, and is killed by Fabric five seconds after one of them failed
+    limit = time.monotonic() + OTHERS_SECONDS
+    while code and os.environ.get("LOCAL_RANK", "0") != "0" and os.getppid() == first and time.monotonic() < limit:
+        time.sleep(0.02)
+    os._exit(code)
 
 
 def _named(main: Callable, argv: list[str]) -> list[str]:

@@ -1,7 +1,6 @@
 """A model's shape and switches: all that ``model.py`` branches on. No model names here."""
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -10,6 +9,7 @@ from lit_sft.errors import InputError
 from lit_sft.layout import MODEL_CONFIG
 
 LARGEST = {"n_layer": 10_000}  # a file that asks for more would build modules until memory ends
+LARGEST_NUMBER = 1e15  # of those with a fraction; torch takes no whole number beyond 64 bits
 MAY_BE_ZERO = ("rotary_size", "n_expert", "n_expert_per_token")
 
 
@@ -130,8 +130,8 @@ class ModelConfig:
         if base is int and (type(value) is not int or not least <= value <= most):
             what = "an integer from 0" if least == 0 else "a positive integer"
             raise InputError(f"model config: {name} is {value!r}; it must be {what}, at most {most:,}")
-        if base is float and (type(value) not in (int, float) or not 0 < value < math.inf):
-            raise InputError(f"model config: {name} is {value!r}; it must be a positive number")
+        if base is float and (type(value) not in (int, float) or not 0 < value <= LARGEST_NUMBER):
+            raise InputError(f"model config: {name} is {value!r}; it must be a positive number, at most 1e15")
         if base is bool and type(value) is not bool:
             raise InputError(f"model config: {name} is {value!r}; it must be true or false")
         if get_origin(base) is Literal and value not in get_args(base):
@@ -166,5 +166,7 @@ class ModelConfig:
         try:
             values = json.loads(path.read_text())
             return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        except InputError as error:
+            raise InputError(f"{path}: {error}; convert the checkpoint again") from None
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path} cannot be read ({error}); convert the checkpoint again") from None

@@ -20,12 +20,13 @@ from lit_sft.layout import (
     GENERATION_CONFIG,
     HF_CONFIG,
     HF_WEIGHTS,
+    MANIFEST,
     TOKENIZER_FILES,
     check_checkpoint_dir,
     check_new,
     read_json,
 )
-from lit_sft.prompts import PROMPT_FACTS
+from lit_sft.prompts import PROMPT_FACTS, check_prompt_facts
 from lit_sft.weights import CHECKPOINT, Weight, write_safetensors, write_shards
 
 EXPORT = "export"
@@ -66,6 +67,7 @@ def open_source(checkpoint_dir: str | None, lora_path: str | None, dtype: str | 
         to = getattr(torch, dtype)
         weights = [replace(weight, dtype=to, load=partial(cast, weight, to)) for weight in weights]
     facts = manifest.facts | adapter
+    check_prompt_facts(facts, directory / MANIFEST)
     facts = {name: facts[name] for name in PROMPT_FACTS if facts.get(name) is not None}
     return Source(directory, family, config, weights, facts)
 

@@ -10,9 +10,9 @@ from lit_sft.args import GenerateArgs
 from lit_sft.atomic import Manifest
 from lit_sft.checkpoint import load_model, read_adapter_config, resolve_base
 from lit_sft.errors import InputError
-from lit_sft.layout import only_checkpoint_dir
+from lit_sft.layout import MANIFEST, only_checkpoint_dir
 from lit_sft.model import GPT, KVCache
-from lit_sft.prompts import Message, resolve_style, with_system
+from lit_sft.prompts import Message, check_prompt_facts, resolve_style, with_system
 from lit_sft.rope import turned_anew
 from lit_sft.runtime import BASE_DTYPE, pick_device
 from lit_sft.samples import default_style, encode_prompt, stop_ids
@@ -134,6 +134,7 @@ def answers(args: GenerateArgs) -> Iterator[Iterator[str]]:
         checkpoint_dir = only_checkpoint_dir()
     tokenizer = Tokenizer(checkpoint_dir)
     trained = adapter or Manifest.read(checkpoint_dir).facts
+    check_prompt_facts(trained, checkpoint_dir / MANIFEST)
     style = resolve_style(args.prompt_style) if args.prompt_style else trained.get("prompt_style")
     style = style or default_style(tokenizer, otherwise=PLAIN)
     system = trained.get("system_prompt") if args.system_prompt is None else args.system_prompt

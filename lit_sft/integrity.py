@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from lit_sft.atomic import Manifest, sha256_of
-from lit_sft.checkpoint import ADAPTER, STATE, STATE_FACTS, load_model, read_adapter_config, resolve_base
+from lit_sft.checkpoint import ADAPTER, STATE, load_model, read_adapter_config, read_state_facts, resolve_base
 from lit_sft.convert import source_weights
 from lit_sft.errors import InputError
 from lit_sft.layout import (
@@ -24,7 +24,6 @@ from lit_sft.layout import (
     RUN_INPUTS,
     STATES_DIR,
     read_json,
-    state_name,
 )
 from lit_sft.shards import KIND, Shards
 from lit_sft.weights import CHECKPOINT
@@ -105,9 +104,7 @@ def _adapter(directory: Path, _: Manifest) -> str:
 
 
 def _state(directory: Path, manifest: Manifest) -> str:
-    step = read_json(directory / STATE_FACTS).get("step")
-    if type(step) is not int or directory.name != state_name(step):
-        raise InputError(f"it holds the state after step {step}, which is not what its name says")
+    step = read_state_facts(directory)["step"]
     note = _adapter(directory, manifest) if (directory / ADAPTER_CONFIG).is_file() else "weights"
     return f"the state after step {step}, {note}"
 

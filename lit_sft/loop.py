@@ -174,7 +174,6 @@ def train_step(
     }
 
 
-@torch.no_grad()
 def _explain(
     error: Exception,
     fabric: Fabric,
@@ -183,12 +182,16 @@ def _explain(
     number: int,
     advise: Callable[[int], str] | None,
 ) -> str:
-    """What in step ``number`` made it fail."""
+    """What in step ``number`` made it fail; given when all processes have it, as the first to fail ends the others."""
     if isinstance(error, MemoryError):
-        return _heaviest_row(steps, number, advise)
-    return _culprits(fabric, model, steps, number)
+        why = _heaviest_row(steps, number, advise)
+    else:
+        why = _culprits(fabric, model, steps, number)
+    fabric.barrier()
+    return why
 
 
+@torch.no_grad()
 def _culprits(fabric: Fabric, model: GPT, steps: TrainSteps, number: int) -> str:
     """Which examples of this process's rows have a loss that is not finite by itself; all of the step when none has."""
     model.eval()

@@ -1,5 +1,6 @@
 """peft's adapters → ours; what ours cannot hold is refused by name."""
 
+import math
 import re
 from fractions import Fraction
 from math import sqrt
@@ -89,6 +90,8 @@ def _check(config: dict, path: Path) -> None:
     """InputError for a kind of adapter that ours is not."""
     if config.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type {config.get('peft_type')!r} is not LORA, the only kind there is here")
+    if type(dropout := config.get("lora_dropout") or 0.0) not in (int, float) or not 0 <= dropout < 1:
+        raise InputError(f"{path}: lora_dropout is {dropout!r}, not in [0, 1)")
     starts = config.get("init_lora_weights")
     wrong = {"init_lora_weights": starts} if starts not in ORDINARY_STARTS else {}
     wrong |= {"bias": config["bias"]} if config.get("bias") not in (None, "none") else {}
@@ -100,9 +103,18 @@ def _check(config: dict, path: Path) -> None:
 
 def _of(config: dict, pattern: str, default: str, name: str) -> int | float:
     """A layer's rank or alpha, as peft looks it up."""
-    own = (v for key, v in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({key})$", name))
-    value = next(own, config.get(default))
-    if not isinstance(value, int | float) or not value > 0:
+    patterns = config.get(pattern) or {}
+    if not isinstance(patterns, dict):
+        raise InputError(f"{PEFT_CONFIG}: {pattern} is {patterns!r}, not an object")
+    for key in patterns:  # a pattern from elsewhere may be none, or take for ever
+        if len(key) > 500 or not re.fullmatch(r"[\w.|^$()\[\]-]*", re.sub(r"(\.|\\d|\\w)[+*]|\\\.", "", key)):
+            raise InputError(f"{PEFT_CONFIG}: {pattern} has the pattern {key!r:.80}, which is none of layers' names")
+    try:
+        own = [v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)]
+    except re.error as error:
+        raise InputError(f"{PEFT_CONFIG}: {pattern} has a pattern that is none ({error})") from None
+    value = own[0] if own else config.get(default)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
         raise InputError(f"{PEFT_CONFIG}: {default} is {value!r}, not a number above 0")
     return value
 

@@ -71,6 +71,18 @@ def resolve_style(given: str) -> str:
     return text
 
 
+def check_prompt_facts(facts: dict, path: Path) -> None:
+    """Require that PROMPT_FACTS read from ``path`` are what is written there, or absent; InputError names the one."""
+    style, system, ends = (facts.get(name) for name in PROMPT_FACTS)
+    right = {
+        "prompt_style": style is None or isinstance(style, str),
+        "system_prompt": system is None or isinstance(system, str),
+        "stop_ids": ends is None or (isinstance(ends, list) and all(type(i) is int and i >= 0 for i in ends)),
+    }
+    if wrong := [name for name, is_right in right.items() if not is_right]:
+        raise InputError(f"{path}: {wrong[0]} is {facts[wrong[0]]!r}, which cannot be; write the directory again")
+
+
 def known_styles() -> str:
     """The sentence that lists the names."""
     names = ", ".join((*PROMPT_STYLES, CHAT_TEMPLATE))

@@ -7,7 +7,7 @@ import math
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import nn
 
 from lit_sft import __version__
 from lit_sft.args import LoRAArgs, TrainArgs
-from lit_sft.atomic import lock, sweep, write_atomically
+from lit_sft.atomic import LOCK, lock, sweep, write_atomically
 from lit_sft.batches import TrainSteps
 from lit_sft.checkpoint import base_fingerprint, go_back, load_state, newest_state, prune_states, save_state
 from lit_sft.config import ModelConfig
@@ -66,7 +66,7 @@ def check_shards(train: Shards, val: Shards, tokenizer: Tokenizer, checkpoint_di
         )
     config = ModelConfig.from_dir(checkpoint_dir)
     block_size, vocab_size = config.block_size, config.vocab_size
-    parts = [part for shards in (train, val) for part in shards.shards if tokenizer.vocab_size > vocab_size]
+    parts = [part for shards in (train, val) for part in shards.shards]
     largest = max((int(part["input_ids"].max()) for part in parts), default=0)
     if largest >= vocab_size:
         raise InputError(
@@ -122,7 +122,22 @@ def open_run(args: TrainArgs, shards: Shards, fabric: Fabric) -> Iterator[Path |
             held.enter_context(lock(Path(args.out_dir)))
             return _start_or_go_on(args, shards, fabric.device)
 
-        yield on_first(fabric, start)
+        state = on_first(fabric, start)
+        try:
+            yield state
+        except (InputError, OSError):
+            if fabric.is_global_zero:
+                _forget_unstarted(Path(args.out_dir))
+            raise
+
+
+def _forget_unstarted(out_dir: Path) -> None:
+    """Remove the folder of a run that was refused before its first step."""
+    if not any((out_dir / name).exists() for name in (METRICS, STATES_DIR)):
+        for name in (RUN_ARGUMENTS, RUN_INPUTS, LOCK):
+            (out_dir / name).unlink(missing_ok=True)
+        with suppress(OSError):  # something else is in it
+            out_dir.rmdir()
 
 
 def _surroundings(device: torch.device) -> dict:
@@ -161,8 +176,10 @@ def _start_or_go_on(args: TrainArgs, shards: Shards, device: torch.device) -> Pa
         sweep(out_dir / STATES_DIR)
         state = newest_state(out_dir) if args.resume == "auto" else go_back(Path(args.resume))
         print(f"going on from {state}" if state else "the run had saved nothing yet; it starts anew")
-    write_atomically(inputs_path, json.dumps(inputs, indent=2) + "\n")
-    write_atomically(path, yaml.safe_dump(arguments, sort_keys=False))
+    texts = {inputs_path: json.dumps(inputs, indent=2) + "\n", path: yaml.safe_dump(arguments, sort_keys=False)}
+    for file, text in texts.items():
+        if not file.is_file() or file.read_text() != text:
+            write_atomically(file, text)
     return state
 
 

@@ -98,7 +98,10 @@ def reduce(fabric: Fabric, operation: str, *values: float) -> list[float]:
 
 
 def on_first(fabric: Fabric, action: Callable[[], T]) -> T:
-    """What ``action`` gives on the first process, on all; so is its refusal, or the others would wait for ever."""
+    """What ``action`` gives on the first process, on all; so is its refusal, or the others would wait for ever.
+
+    It returns when all have it: the first may end then.
+    """
     result = refusal = None
     if fabric.is_global_zero:
         try:
@@ -106,6 +109,7 @@ def on_first(fabric: Fabric, action: Callable[[], T]) -> T:
         except (InputError, OSError) as error:
             refusal = words(error)
     result, refusal = fabric.broadcast((result, refusal))
+    fabric.barrier()
     if refusal:
         raise InputError(refusal)
     return result

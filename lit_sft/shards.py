@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lit_sft.atomic import Manifest
 from lit_sft.errors import InputError
-from lit_sft.layout import check_data_dir, shard_name
+from lit_sft.layout import MANIFEST, check_data_dir, shard_name
+from lit_sft.prompts import check_prompt_facts
 
 KIND = "data"
 SHARD_TOKENS = 1 << 24  # 64 MiB of int32 ids in a shard
@@ -107,6 +108,7 @@ class Shards:
         """
         directory = check_data_dir(data_dir)
         self.manifest = Manifest.read(directory, KIND)
+        self._check_facts(directory)
         self.manifest.check_files(directory)
         names = sorted(name for name in self.manifest.files if name.startswith(f"{split}-"))
         self.shards = [_load(directory / name) for name in names]
@@ -120,6 +122,15 @@ class Shards:
         self.n_cut = 0
         if max_seq_length is not None:
             self._cut(directory, split, max_seq_length)
+
+    def _check_facts(self, directory: Path) -> None:
+        """InputError when the manifest lacks what is read of it later."""
+        facts = self.manifest.facts
+        kinds = {"tokenizer": str, "checkpoint_dir": str, "arguments": dict}
+        if wrong := [name for name, kind in kinds.items() if not isinstance(facts.get(name), kind)]:
+            found = facts.get(wrong[0], "missing")
+            raise InputError(f"{directory / MANIFEST}: {wrong[0]} is {found!r}; prepare the data again")
+        check_prompt_facts(facts, directory / MANIFEST)
 
     def _gather(self, of_shard: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
         return torch.cat([torch.empty(0, dtype=torch.int32), *map(of_shard, self.shards)])

@@ -29,11 +29,12 @@ class FileOperations:
 
     def __init__(self, root: Path, nth: int | None = None, fault: int | str = KILL) -> None:
         self.root, self.nth, self.fault, self.seen = str(root), nth, fault, []
+        self.lasting = False  # whether all after the Nth fail as well
 
     def happen(self, what: str, path: object = None) -> None:
         """Note an operation; fail if it is the one."""
         self.seen.append(f"{what} {path}")
-        if len(self.seen) == self.nth:
+        if len(self.seen) == self.nth or (self.lasting and len(self.seen) > self.nth):
             if self.fault == KILL:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise OSError(self.fault, os.strerror(self.fault), *([str(path)] if path else []))

@@ -1,12 +1,13 @@
 """Kill a run again and again, fail its file operations one by one, run it for long: as if nothing had happened.
 
-    python tests/reliability.py                                    # 200 kills, 10,000 steps, every file operation
+    python tests/reliability.py --fuzz 60                          # 200 kills, every file operation, 10,000 steps, fuzz
     python tests/reliability.py --kills 20 --faults 29 --steps 1000   # what the test suite does of it
 
-A run is LoRA with dropout or full fine-tuning of a tiny model: 60 steps of several packed rows, a saved state every
-second step. It is killed with SIGKILL at random moments, more than 40 % of them while it saves, and started again with
-the same arguments until it is done; losses, learning rates and the result's bytes must be those of a run that nobody
-killed. Prints one line of JSON; exit code 1 and what differed when something does.
+A run is LoRA with dropout, on a base as it is or in NF4, or full fine-tuning of a tiny model: 60 steps of several
+packed rows, a saved state every second step. It is killed with SIGKILL at random moments, more than 40 % of them while
+it saves, and started again with the same arguments until it is done; losses, learning rates and the result's bytes must
+be those of a run that nobody killed. Prints a line of JSON after each part, and one of all in the end; exit code 1 and
+what differed when something does. What --fuzz finds lies in fuzzed/.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,9 +31,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import bitsandbytes  # noqa: F401 (warm: a child would need seconds for it)
 import torch
 from faults import FAULTS, KILL, FileOperations, fork, leftovers, start, wait
-from lightning.fabric import Fabric  # noqa: F401 (warm: a child would need seconds for it)
+from lightning.fabric import Fabric  # noqa: F401 (the same)
 
 from demo.make_checkpoint import train_tokenizer
 from finetune import full, lora
@@ -48,6 +51,12 @@ RUN = {
 RECIPES: dict[str, tuple[Callable, type[TrainArgs], dict, str]] = {
     "lora": (lora.main, LoRATrainArgs, {"lora_dropout": 0.1, "lora_r": 4}, "adapter/adapter.safetensors"),
     "full": (full.main, FullTrainArgs, {}, "model/lit_model.safetensors"),
+    "nf4": (
+        lora.main,
+        LoRATrainArgs,
+        {"lora_dropout": 0.1, "lora_r": 4, "quantize": "nf4"},
+        "adapter/adapter.safetensors",
+    ),
 }
 IN_SAVES = 0.8  # share of the kills aimed at saving; some come late
 OF_THE_MACHINE = ("seconds", "tokens_per_s", "peak_mem_bytes")
@@ -221,7 +230,7 @@ class Killer:
 
 
 def kill_runs(world: Path, expected: dict, n_kills: int, seed: int) -> tuple[dict, list[str]]:
-    """Kill runs of both recipes ``n_kills`` times in all; gives the figures and what went wrong."""
+    """Kill runs of every recipe ``n_kills`` times in all; gives the figures and what went wrong."""
     killer, problems, n_runs = Killer(world, random.Random(seed)), [], 0
     while killer.kills.total() < n_kills and not problems:
         recipe = list(RECIPES)[n_runs % len(RECIPES)]
@@ -230,6 +239,7 @@ def kill_runs(world: Path, expected: dict, n_kills: int, seed: int) -> tuple[dic
         _, problem = killer.run(recipe, out_dir, left, expected[recipe])
         problems += [problem] if problem else []
         n_runs += 1
+        tell({"killed so far": {"runs": n_runs, **killer.kills}})
         shutil.rmtree(out_dir, ignore_errors=True) if not problem else None
     return {"kills": killer.kills.total(), "runs": n_runs, **killer.kills}, problems
 
@@ -238,7 +248,7 @@ def fail_operations(world: Path, every: int) -> tuple[dict, list[str]]:
     """Fail each ``every``-th file operation of a short run, in each way; the same command must go on to the end."""
     short = {"max_steps": 3, "save_interval": 1, "eval_interval": 3}
     counts, problems = Counter(), []
-    for recipe in RECIPES:
+    for recipe in ("lora", "full"):  # nf4 writes what lora writes
         out_dir, log = world / "faulted", world / "faulted.log"
 
         def work(nth: int | None, fault: int | str, recipe: str = recipe, out_dir: Path = out_dir) -> None:
@@ -272,6 +282,23 @@ def fail_operations(world: Path, every: int) -> tuple[dict, list[str]]:
     return dict(counts), problems
 
 
+def fail_writers() -> tuple[dict, list[str]]:
+    """Fail each file operation of all else that writes, in each way: tests/test_faults.py without its sampling."""
+    code = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__).with_name("test_faults.py")),
+    ]
+    environment = os.environ | {"LIT_SFT_EVERY_FAULT": "1"}
+    done = subprocess.run(code, env=environment, capture_output=True, text=True)
+    *_, last = done.stdout.splitlines() or [""]
+    return {"tests": last}, [done.stdout[-3000:]] if done.returncode else []
+
+
 def measure(world: Path, n_steps: int) -> dict:
     """Train ``n_steps`` tiny steps; memory and open files after a tenth of them and at the end."""
     heard, tell = os.pipe()
@@ -300,13 +327,19 @@ def measure(world: Path, n_steps: int) -> dict:
     return {"steps": n_steps, "grown_mib": (late[0] - early[0]) / 2**20, "grown_files": late[1] - early[1]}
 
 
+def tell(figures: dict) -> None:
+    """Print the last part's figures at once: all of them take hours."""
+    print(json.dumps(dict([list(figures.items())[-1]])), file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Do what was asked for and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200, help="times that runs are killed, both recipes together")
+    parser.add_argument("--kills", type=int, default=200, help="times that runs are killed, all recipes together")
     parser.add_argument("--faults", type=int, default=1, help="fail every Nth file operation of a run; 0: none")
     parser.add_argument("--steps", type=int, default=10_000, help="steps of the long run; 0: none")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--fuzz", type=float, default=0, help="minutes of feeding spoiled files to the commands")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments, and of what is spoiled")
     args = parser.parse_args()
     torch.set_num_threads(1)
     figures, problems = {}, []
@@ -324,11 +357,26 @@ def main() -> None:
                 expected[recipe] = result(whole, recipe)
             figures["kills"], found = kill_runs(world, expected, args.kills, args.seed)
             problems += found
+            tell(figures)
+        if args.steps:
+            figures["long"] = measure(world, args.steps)
+            tell(figures)
         if args.faults:
             figures["faults"], found = fail_operations(world, args.faults)
             problems += found
-        if args.steps:
-            figures["long"] = measure(world, args.steps)
+            tell(figures)
+        if args.faults == 1:
+            figures["writers"], found = fail_writers()
+            problems += found
+            tell(figures)
+        if args.fuzz:
+            from bad_inputs import fuzz  # which takes its world from here
+            from bad_inputs import make_world as make_inputs
+
+            if fork(lambda: make_inputs(world / "inputs"), world / "log"):
+                sys.exit((world / "log").read_text())
+            figures["fuzz"], found = fuzz(world / "inputs", 60 * args.fuzz, args.seed, Path("fuzzed"))
+            problems += found
     print(json.dumps(figures))
     if problems:
         sys.exit("\n\n".join([f"{len(problems)} problems", *problems[:5]]))

@@ -408,6 +408,9 @@ def test_what_the_first_process_cannot_do_is_told_to_all() -> None:
         def broadcast(self, _: object) -> tuple:
             return None, "the disk is full"
 
+        def barrier(self) -> None:
+            pass
+
     with pytest.raises(InputError, match="the disk is full"):
         on_first(Other(), lambda: 1)
     fabric = launch(lora_args(Path("x"), Path("y")))
@@ -429,6 +432,81 @@ def test_a_save_that_fails_ends_every_process(data: tuple[Path, Path], tmp_path:
     assert done.returncode == 2 and len(errors) == 1, done.stderr
     assert "cannot be written: File too large" in errors[0]
     assert list((tmp_path / "out" / "checkpoints").iterdir()) == []
+
+
+ENDS = """
+import atexit, os, sys, time
+from lit_sft.args import Args
+from lit_sft.cli import run
+store, rank = sys.argv.pop(), sys.argv.pop()
+os.environ["LOCAL_RANK"] = rank
+
+@atexit.register
+def hold_the_interpreter():  # until the other process has gone, and Gloo's thread here wants to free its tensor
+    sys.setswitchinterval(100)
+    end = time.monotonic() + (3 if rank == "0" else 0)
+    while time.monotonic() < end:
+        pass
+
+def main(args: Args) -> None:
+    import torch
+    from torch import distributed
+    from lit_sft.errors import InputError
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
+    if rank == "0":
+        distributed.all_reduce(torch.ones(1000), async_op=True)  # the other one never answers
+    else:
+        time.sleep(1)
+        os._exit(2)
+    raise InputError("refused")
+
+print("before the end")
+run(main)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_of_several_ends_with_its_own_exit_code(tmp_path: Path) -> None:
+    """While a thread of Gloo still works: taking down the interpreter under it aborts, rarely or, here, always."""
+    command = [sys.executable, "-c", ENDS]
+    others = subprocess.Popen([*command, "1", str(tmp_path / "store")], cwd=ROOT)
+    first = subprocess.run([*command, "0", str(tmp_path / "store")], cwd=ROOT, capture_output=True, text=True)
+    others.wait()
+    assert (first.returncode, first.stdout, first.stderr) == (2, "before the end\n", "error: refused\n")
+
+
+SLOW_TO_END = """
+import sys, time
+from lightning.fabric.strategies.launchers import subprocess_script
+from lit_sft import cli
+from lit_sft.args import LoRATrainArgs
+
+subprocess_script._ChildProcessObserver.__init__.__defaults__ = (0.05,)  # instead of five seconds
+
+def main(args: LoRATrainArgs) -> None:
+    from lit_sft import runtime
+    from lit_sft.errors import RunFailed
+    fabric = runtime.launch(args)
+    fabric.barrier()
+    if fabric.is_global_zero:
+        time.sleep(2.5)
+    raise RunFailed(f"process {fabric.global_rank} has failed")
+
+if __name__ == "__main__":
+    cli.run(main)
+"""
+
+
+@pytest.mark.slow
+def test_the_others_let_the_first_process_say_what_failed(tmp_path: Path) -> None:
+    """Fabric kills the first process as soon as it sees that another one has failed; that one waits for it."""
+    (tmp_path / "ends.py").write_text(SLOW_TO_END)
+    command = [sys.executable, str(tmp_path / "ends.py"), "--device=cpu", "--devices=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1, done.stderr
+    assert sorted(errors) == [f"error: process {k} has failed" for k in range(2)]
 
 
 def test_a_disk_without_room_for_a_state_is_refused_before_the_first_step(

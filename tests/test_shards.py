@@ -25,7 +25,7 @@ def write(folder: Path, train: list[Example], val: list[Example] = ()) -> Path:
     names = [
         name for split, examples in (("train", train), ("val", val)) for name in write_split(folder, split, examples)
     ]
-    Manifest(KIND, {}).write(folder, names)
+    Manifest(KIND, {"tokenizer": "0" * 64, "checkpoint_dir": "base", "arguments": {}}).write(folder, names)
     return folder
 
 

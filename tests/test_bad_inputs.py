@@ -1,0 +1,363 @@
+"""Broken inputs for every command, and the count of them over all tables: one line, exit code 2, nothing written."""
+
+import json
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from bad_inputs import (
+    COMMANDS,
+    RESUME,
+    TARGETS,
+    attempt,
+    cut,
+    edit,
+    flip,
+    judge,
+    make_world,
+    mutate,
+    remove,
+    shard,
+    tensors,
+    write,
+)
+from faults import fork
+from safetensors.torch import load_file
+
+from lit_sft import cli
+
+Spoil = Callable[[], object]
+INDEX = "raw/model.safetensors.index.json"
+STATE = "cut/checkpoints/step-00000002"
+BASE, ADAPTER = "base/lit_model.safetensors", "run/adapter/adapter.safetensors"
+
+
+def index(**weight_map: object) -> Spoil:
+    return write(INDEX, json.dumps({"weight_map": weight_map}))
+
+
+def header(path: str, text: str) -> Spoil:
+    """A safetensors file with this header."""
+    return write(path, len(text).to_bytes(8, "little") + text.encode())
+
+
+def link(path: str, target: str) -> Spoil:
+    def spoil() -> None:
+        Path(path).unlink()
+        Path(path).symlink_to(target)
+
+    return spoil
+
+
+def tokenizer_json(text: str, where: str = "base") -> Spoil:
+    def spoil() -> None:
+        Path(f"{where}/tokenizer.model").unlink()
+        Path(f"{where}/tokenizer.json").write_text(text)
+
+    return spoil
+
+
+def both(*spoils: Spoil) -> Spoil:
+    return lambda: [spoil() for spoil in spoils] and None
+
+
+def first(value: float, slot: str) -> Callable[[dict], dict]:
+    def change(tensors: dict) -> dict:
+        tensors[slot].view(-1)[0] = value
+        return tensors
+
+    return change
+
+
+def with_tensor(name: str, tensor: torch.Tensor) -> Callable[[dict], dict]:
+    return lambda tensors: tensors | {name: tensor}
+
+
+def without(n: int) -> Callable[[dict], dict]:
+    return lambda tensors: dict(sorted(tensors.items())[n:])
+
+
+# kind → (what, command, its further flags, how the world is spoiled, what the line must say)
+BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
+    "config.json": [
+        ("empty", "convert_hf_checkpoint", [], write("raw/config.json", ""), "config.json is not valid JSON"),
+        ("cut", "convert_hf_checkpoint", [], cut("raw/config.json"), "config.json is not valid JSON"),
+        ("a list", "convert_hf_checkpoint", [], write("raw/config.json", "[]"), "holds a list"),
+        ("UTF-16", "convert_hf_checkpoint", [], write("raw/config.json", "{}".encode("utf-16")), "config.json"),
+        ("too deep", "convert_hf_checkpoint", [], write("raw/config.json", "[" * 99_999), "config.json"),
+        ("no family", "convert_hf_checkpoint", [], edit("raw/config.json", architectures=["GPT9"]), "GPT9"),
+        ("no shape", "convert_hf_checkpoint", [], edit("raw/config.json", hidden_size=...), "hidden_size"),
+        ("a huge shape", "convert_hf_checkpoint", [], edit("raw/config.json", hidden_size=10**12), "n_embd"),
+        ("a wrong shape", "convert_hf_checkpoint", [], edit("raw/config.json", intermediate_size=50), "shape"),
+        ("many layers", "convert_hf_checkpoint", [], edit("raw/config.json", num_hidden_layers=10**6), ""),
+        ("negative", "convert_hf_checkpoint", [], edit("raw/config.json", num_attention_heads=-2), "n_head"),
+        ("text", "convert_hf_checkpoint", [], edit("raw/config.json", vocab_size="many"), "vocab_size"),
+        ("NaN", "convert_hf_checkpoint", [], edit("raw/config.json", rope_theta=float("nan")), "rope"),
+        ("remote code", "convert_hf_checkpoint", [], edit("raw/config.json", hidden_act="os.system"), "hidden_act"),
+        ("quantized", "convert_hf_checkpoint", [], edit("raw/config.json", quantization_config={"b": 4}), "quantiz"),
+        ("missing", "doctor", [], remove("raw/config.json"), "config.json is missing"),
+        ("changed", "export_hf", [], write("base/config.json", "{"), "config.json"),
+        ("missing, gguf", "export_gguf", [], remove("base/config.json"), "config.json"),
+    ],
+    "index": [
+        ("empty", "convert_hf_checkpoint", [], write(INDEX, ""), "index.json"),
+        ("a list", "convert_hf_checkpoint", [], write(INDEX, "[]"), "index.json"),
+        ("no map", "convert_hf_checkpoint", [], write(INDEX, "{}"), "no weight_map"),
+        ("a list as map", "doctor", [], write(INDEX, '{"weight_map": ["a"]}'), "no weight_map"),
+        ("a missing shard", "convert_hf_checkpoint", [], index(a="gone.safetensors"), "gone.safetensors is missing"),
+        ("upwards", "convert_hf_checkpoint", [], index(a="../base/model.safetensors"), "not a file of"),
+        ("absolute", "doctor", [], index(a="/etc/passwd"), "not a file of"),
+        ("a number", "convert_hf_checkpoint", [], index(a=5), ""),
+        ("a promise", "convert_hf_checkpoint", [], index(a="model.safetensors"), "promises 'a'"),
+        ("NUL", "convert_hf_checkpoint", [], index(a="a\0b.safetensors"), ""),
+        ("itself", "convert_hf_checkpoint", [], index(a="model.safetensors.index.json"), ""),
+    ],
+    "weights": [
+        ("empty", "convert_hf_checkpoint", [], write("raw/model.safetensors", ""), "damaged"),
+        ("cut", "convert_hf_checkpoint", [], cut("raw/model.safetensors", 0.9), "damaged"),
+        ("a huge header", "convert_hf_checkpoint", [], write("raw/model.safetensors", b"\xff" * 16), "damaged"),
+        ("no header", "doctor", [], header("raw/model.safetensors", "[]"), "damaged"),
+        ("overlapping", "convert_hf_checkpoint", [], header(
+            "raw/model.safetensors", '{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}'), "damaged"),
+        ("no dtype", "doctor", [], header(
+            "raw/model.safetensors", '{"a": {"dtype": "Q9", "shape": [1], "data_offsets": [0, 4]}}'), "damaged"),
+        ("one missing", "convert_hf_checkpoint", [], tensors("raw/model.safetensors", without(1)), "missing"),
+        ("an unknown one", "convert_hf_checkpoint", [],
+         tensors("raw/model.safetensors", with_tensor("extra", torch.ones(2))), "extra"),
+        ("integers", "convert_hf_checkpoint", [],
+         tensors("raw/model.safetensors", with_tensor("model.norm.weight", torch.ones(32, dtype=torch.int64))), "norm"),
+        ("a link to nowhere", "convert_hf_checkpoint", [], link("raw/model.safetensors", "gone"), ""),
+        ("a text as .bin", "convert_hf_checkpoint", [],
+         both(remove("raw/model.safetensors"), write("raw/pytorch_model.bin", "weights")), "pytorch_model.bin"),
+        ("an empty .bin", "convert_hf_checkpoint", [],
+         both(remove("raw/model.safetensors"), write("raw/pytorch_model.bin", "")), "pytorch_model.bin"),
+        ("no weights", "convert_hf_checkpoint", [], remove("raw/model.safetensors"), "holds no model.safetensors"),
+    ],
+    "checkpoint": [
+        ("cut weights", "generate", [], cut(BASE), "lit_model.safetensors has"),
+        ("no weights", "generate", [], remove(BASE), "lit_model.safetensors is missing"),
+        ("other tensors", "generate", [], tensors(BASE, without(2)), "does not hold its own model"),
+        ("another shape", "generate", [], tensors(BASE, with_tensor("norm.weight", torch.ones(3))), "norm.weight"),
+        ("many layers", "generate", [], edit("base/model_config.json", n_layer=9999), "layers are asked for"),
+        ("no config", "generate", [], write("base/model_config.json", "{}"), "model_config.json"),
+        ("a huge number", "lora", [], edit("base/model_config.json", logits_softcap=10**30), "logits_softcap"),
+        ("an unknown field", "generate", [], edit("base/model_config.json", speed=3), "model_config.json"),
+        ("text as a number", "generate", [], edit("base/model_config.json", n_embd="x"), "model_config.json"),
+        ("a manifest cut", "generate", [], cut("base/manifest.json"), "not a manifest"),
+        ("a manifest of another kind", "generate", [], write("base/manifest.json", '{"kind": "x"}'), "manifest"),
+        ("a newer manifest", "merge_lora", [], edit("base/manifest.json", format_version=2), "newer than 1"),
+        ("a name upwards", "generate", [],
+         write("base/manifest.json", '{"kind": "checkpoint", "facts": {}, "files": {"../x": {}}}'), "'../x'"),
+        ("flipped", "verify", [], flip(BASE), "sha256"),
+        ("cut, exported", "export_hf", [], cut(BASE), "lit_model.safetensors"),
+        ("cut, gguf", "export_gguf", [], cut(BASE), "lit_model.safetensors"),
+        ("cut, back", "convert_lit_checkpoint", [], cut(BASE), "lit_model.safetensors"),
+        ("cut, trained", "full", [], cut(BASE), "lit_model.safetensors"),
+        ("cut, LoRA", "lora", [], cut(BASE), "lit_model.safetensors"),
+        ("no directory", "verify", ["--path=nowhere"], lambda: None, "no directory 'nowhere'"),
+        ("nothing ours", "verify", ["--path=raw"], lambda: None, "nothing that lit_sft finished"),
+    ],
+    "tokenizer": [
+        ("cut", "generate", [], cut("base/tokenizer.model"), "tokenizer.model"),
+        ("empty", "prepare_csv", [], write("base/tokenizer.model", ""), "tokenizer.model"),
+        ("text", "prepare_csv", [], write("base/tokenizer.model", "pieces"), "tokenizer.model"),
+        ("missing", "prepare_csv", [], remove("base/tokenizer.model"), "no tokenizer"),
+        ("missing, doctor", "doctor", [], remove("raw/tokenizer.model"), "no tokenizer"),
+        ("JSON of nothing", "generate", [], tokenizer_json("{}"), "tokenizer.json"),
+        ("JSON cut", "prepare_csv", [], tokenizer_json('{"model": {"type": "BPE"'), "tokenizer.json"),
+        ("a list", "doctor", [], tokenizer_json("[]", "raw"), "tokenizer.json"),
+        ("a config cut", "generate", [], write("base/tokenizer_config.json", "{"), "tokenizer_config.json"),
+        ("tokens of a list", "prepare_csv", [],
+         write("base/tokenizer_config.json", '{"added_tokens_decoder": [1]}'), "tokenizer_config.json"),
+        ("an id that is none", "prepare_csv", [],
+         write("base/tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "a"}}}'), "tokenizer_config"),
+        ("cut, gguf", "export_gguf", [], cut("base/tokenizer.model"), "tokenizer.model"),
+    ],
+    "template": [
+        ("open", "prepare_csv", ["--prompt_style=style.jinja"], write("style.jinja", "{% for"), "style.jinja"),
+        ("unknown word", "prepare_csv", ["--prompt_style=style.jinja"], write("style.jinja", "{{ x.y() }}"), ""),
+        ("out of the sandbox", "prepare_csv", ["--prompt_style=style.jinja"],
+         write("style.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}"), ""),
+        ("another file", "prepare_csv", ["--prompt_style=style.jinja"],
+         write("style.jinja", "{% include '/etc/passwd' %}"), ""),
+        ("Latin-1", "prepare_csv", ["--prompt_style=style.jinja"], write("style.jinja", b"\xe9"), "style.jinja"),
+        ("the checkpoint's", "prepare_csv", [], write("base/chat_template.jinja", "{{ 1/0 }}"), ""),
+        ("the config's", "prepare_csv", [], write("base/tokenizer_config.json", '{"chat_template": 5}'), ""),
+        ("drops the answer", "prepare_csv", ["--prompt_style=style.jinja"], write("style.jinja", "hello"), ""),
+    ],
+    "data": [
+        ("empty", "prepare_csv", [], write("rows.csv", ""), "rows.csv is empty"),
+        ("a cell too few", "prepare_csv", [], write("rows.csv", "instruction,output\nQ\n"), "rows.csv row 1"),
+        ("NUL", "prepare_csv", [], write("rows.csv", "instruction,output\nQ,\0\n"), "rows.csv row 1"),
+        ("no list", "prepare_dataset", [], write("rows.jsonl", '{"messages": 5}\n'), "rows.jsonl row 1"),
+        ("cut", "prepare_dataset", [], cut("rows.jsonl", 0.3), "rows.jsonl row 1"),
+        ("a loop of links", "prepare_csv", [], link("rows.csv", "rows.csv"), "rows.csv"),
+    ],
+    "shards": [
+        ("cut", "lora", [], cut("data/train-00000.pt"), "train-00000.pt"),
+        ("flipped", "lora", [], flip("data/train-00000.pt"), "train-00000.pt"),
+        ("missing", "full", [], remove("data/train-00000.pt"), "train-00000.pt is missing"),
+        ("missing, estimate", "estimate", [], remove("data/train-00000.pt"), "train-00000.pt is missing"),
+        ("no val", "lora", [], remove("data/val-00000.pt"), "val-00000.pt is missing"),
+        ("a list", "lora", [], shard(lambda s: [1]), "train-00000.pt"),
+        ("a tensor missing", "full", [], shard(lambda s: {k: v for k, v in s.items() if k != "offsets"}), "train-0"),
+        ("offsets beyond", "lora", [], shard(first(10**9, "offsets")), "train-00000.pt"),
+        ("ids below zero", "lora", [], shard(first(-5, "input_ids")), ""),
+        ("ids too large", "lora", [], shard(first(10**6, "input_ids")), ""),
+        ("floats", "lora", [], shard(lambda s: s | {"input_ids": s["input_ids"].float()}), "train-00000.pt"),
+        ("counts that lie", "verify", ["--path=data"], edit("data/manifest.json", facts={"n_train": 1}), "data"),
+        ("facts missing", "lora", [], edit("data/manifest.json", facts={}), "manifest"),
+        ("a newer format", "full", [], edit("data/manifest.json", format_version=2), "newer than 1"),
+        ("no hashes", "lora", [], edit("data/manifest.json", files={"train-00000.pt": {}}), "no bytes and sha256"),
+    ],
+    "run directory": [
+        ("arguments cut", "resume", [], write("cut/run.yaml", "a: [1"), "does not say what its run was started with"),
+        ("arguments of code", "resume", [], write("cut/run.yaml", "!!python/object/apply:os.getcwd []"), "does not s"),
+        ("arguments a list", "resume", [], write("cut/run.yaml", "[]"), "does not say"),
+        ("inputs cut", "resume", [], write("cut/inputs.json", "{"), "does not say"),
+        ("inputs a list", "resume", [], write("cut/inputs.json", "[1]"), "does not say"),
+        ("other arguments", "resume", ["--lora_r=8"], lambda: None, "lora_r: 4 then, 8 now"),
+        ("other data", "resume", [], shard(first(9, "input_ids")), "data_fingerprint"),
+        ("records missing", "resume", [], write("cut/metrics.jsonl", '{"step": 1, "loss": 1'), "metrics.jsonl"),
+        ("records of a list", "resume", [], write("cut/metrics.jsonl", "[]\n"), "metrics.jsonl"),
+        ("a newer state", "resume", [], edit(f"{STATE}/manifest.json", format_version=2), "newer than 1"),
+        ("another step", "resume", [], edit(f"{STATE}/state.json", step="two"), "state.json"),
+        ("no step", "resume", [], edit(f"{STATE}/state.json", step=...), "state.json"),
+        ("no facts", "resume", [], edit(f"{STATE}/state.json", best_step=...), "state.json"),
+        ("a tensor less", "resume", [], tensors(f"{STATE}/adapter.safetensors", without(1)), "adapter.safetensors"),
+        ("a slot less", "resume", [], tensors(f"{STATE}/optimizer.safetensors", without(1)), "optimizer.safetensors"),
+        ("a slot of another shape", "resume", [],
+         tensors(f"{STATE}/optimizer.safetensors", lambda t: {name: torch.ones(3) for name in t}), "optimizer"),
+        ("a slot too many", "resume", [],
+         tensors(f"{STATE}/optimizer.safetensors", with_tensor("x.exp_avg", torch.ones(2))), "x.exp_avg"),
+        ("a state that is none", "resume", ["--resume=cut/checkpoints/step-00000009"], lambda: None, "step-00000009"),
+        ("a state elsewhere", "resume", ["--resume=run/checkpoints/step-00000001"], lambda: None, "no saved state"),
+        ("finished", "lora", ["--out_dir=run"], lambda: None, "holds a finished run"),
+        ("verified: a step missing", "verify", ["--path=run"], write("run/metrics.jsonl", ""), "metrics.jsonl"),
+        ("verified: no adapter config", "verify", ["--path=run"], remove("run/adapter/adapter_config.json"), "adapter"),
+    ],
+    "adapter": [
+        ("cut", "generate", ["--adapter_dir=run"], cut(ADAPTER), "adapter.safetensors has"),
+        ("flipped", "merge_lora", [], flip(ADAPTER), "sha256"),
+        ("config cut", "export_peft", [], write("run/adapter/adapter_config.json", "{"), "adapter_config.json"),
+        ("no base named", "merge_lora", [], edit("run/adapter/adapter_config.json", checkpoint_dir=...), ""),
+        ("no fingerprint", "generate", ["--adapter_dir=run"],
+         edit("run/adapter/adapter_config.json", base_fingerprint=...), ""),
+        ("a rank of text", "merge_lora", [], edit("run/adapter/adapter_config.json", lora_r="four"), "lora_r"),
+        ("another rank", "export_peft", [], edit("run/adapter/adapter_config.json", lora_r=7), "adapter.safetensors"),
+        ("a huge rank", "merge_lora", [], edit("run/adapter/adapter_config.json", lora_r=10**9), ""),
+        ("an unknown field", "merge_lora", [], edit("run/adapter/adapter_config.json", lora_speed=1), "lora_speed"),
+        ("a tensor less", "merge_lora", [], tensors(ADAPTER, without(1)), "does not fit the model"),
+        ("stop ids of text", "generate", ["--adapter_dir=run"],
+         edit("run/adapter/adapter_config.json", stop_ids="end"), "stop_ids"),
+    ],
+    "peft": [
+        ("no config", "import_peft", [], remove("peft/adapter_config.json"), "holds no adapter_config.json"),
+        ("config cut", "import_peft", [], cut("peft/adapter_config.json"), "adapter_config.json"),
+        ("another kind", "import_peft", [], edit("peft/adapter_config.json", peft_type="IA3"), "IA3"),
+        ("a rank of text", "import_peft", [], edit("peft/adapter_config.json", r="four"), "r"),
+        ("a rank of zero", "import_peft", [], edit("peft/adapter_config.json", r=0), ""),
+        ("no alpha", "import_peft", [], edit("peft/adapter_config.json", lora_alpha=...), ""),
+        ("an infinite alpha", "import_peft", [], edit("peft/adapter_config.json", lora_alpha=float("inf")), ""),
+        ("patterns of a list", "import_peft", [], edit("peft/adapter_config.json", rank_pattern=[1]), ""),
+        ("an open pattern", "import_peft", [], edit("peft/adapter_config.json", rank_pattern={"[": 1}), ""),
+        ("no tensors", "import_peft", [], remove("peft/adapter_model.safetensors"), "adapter_model"),
+        ("tensors cut", "import_peft", [], cut("peft/adapter_model.safetensors"), "adapter_model"),
+        ("an unknown tensor", "import_peft", [],
+         tensors("peft/adapter_model.safetensors", with_tensor("x", torch.ones(2))), "x"),
+        ("half a pair", "import_peft", [], tensors("peft/adapter_model.safetensors", without(1)), ""),
+        ("no such style", "import_peft", ["--prompt_style=none-such"], lambda: None, "none-such"),
+    ],
+    "output": [
+        ("the disk is a file", "export_hf", ["--out_dir=rows.csv/x"], lambda: None, "rows.csv"),
+        ("a folder in the way", "export_gguf", ["--out_file=data"], lambda: None, "data"),
+        ("another directory", "merge_lora", ["--out_dir=data"], lambda: None, "not an empty folder"),
+        ("a file in the way", "prepare_csv", ["--destination_path=rows.jsonl"], lambda: None, "rows.jsonl"),
+        ("a run in a file", "lora", ["--out_dir=rows.csv"], lambda: None, "rows.csv"),
+        ("no peft", "import_peft", ["--peft_dir=nowhere"], lambda: None, "nowhere"),
+        ("a quantization that is none", "lora", ["--quantize=int3"], lambda: None, "int3"),
+    ],
+}  # fmt: skip
+CASES = [pytest.param(*case[1:], id=f"{kind}: {case[0]}, {case[1]}") for kind, cases in BAD.items() for case in cases]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    world = tmp_path_factory.mktemp("bad") / "world"
+    assert fork(lambda: make_world(world), world.with_suffix(".log")) == 0, world.with_suffix(".log").read_text()
+    return world
+
+
+@pytest.mark.parametrize(("name", "flags", "spoil", "says"), CASES)
+def test_what_is_broken_is_named_and_nothing_is_touched(
+    name: str, flags: list[str], spoil: Spoil, says: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = tmp_path / "room"
+    shutil.copytree(world, room)
+    monkeypatch.chdir(room)
+    spoil()
+    argv = ["lora", *RESUME] if name == "resume" else [name, *COMMANDS[name]]
+    given = {flag.partition("=")[0] for flag in flags}
+    argv = [word for word in argv if word.partition("=")[0] not in given]
+    argv = [word for word in argv if word not in ("base", "raw") or "--path" not in given]
+    end = attempt(room, [*argv, *flags], tmp_path / "log")
+    assert end.code == 2 and end.problem is None, (end.problem, end.code, end.text)
+    assert says in next(line for line in end.text.splitlines() if line.startswith("error: "))
+
+
+@pytest.mark.parametrize("target", [*TARGETS])
+def test_what_is_not_broken_is_accepted(target: str, world: Path, tmp_path: Path) -> None:
+    """Otherwise the table would prove nothing."""
+    from bad_inputs import argv_of
+
+    shutil.copytree(world, tmp_path / "room")
+    end = attempt(tmp_path / "room", argv_of(target), tmp_path / "log")
+    assert end.code == 0 and end.problem is None, end.text
+
+
+def test_there_are_more_than_a_hundred_over_all_commands() -> None:
+    """The count of the bad-input table: arguments are in test_cli, data in test_malformed, the rest is here."""
+    import test_cli
+    import test_malformed
+
+    counts = Counter({kind: len(cases) for kind, cases in BAD.items()})
+    counts["arguments"] += len(test_cli.NO_SUCH_THING)
+    counts["data"] += len(test_malformed.MALFORMED)
+    print(f"{counts.total()} bad inputs: {dict(counts)}")
+    assert counts.total() >= 300 and min(counts.values()) >= 6
+    commands = {case[1] for cases in BAD.values() for case in cases} | {case[1] for case in test_cli.NO_SUCH_THING}
+    others = {"prepare_dolly", "prepare_flan", "prepare_lima", "prepare_longform", "prepare_oasst", "resume"}
+    assert commands | others >= set(cli.commands())
+
+
+# --- the harness ---
+
+
+def test_the_judge_condemns_what_it_must() -> None:
+    line = "error: x is wrong\n"
+    assert judge(2, line, {}, {}, []) is None and judge(0, "", {}, {"new": None}, []) is None
+    assert judge(1, line, {}, {}, []) == "exit code 1" and judge(-9, "", {}, {}, []) == "exit code -9"
+    assert judge(2, "", {}, {}, []) == "0 error lines" and judge(2, line * 2, {}, {}, []) == "2 error lines"
+    assert judge(2, "Traceback\n" + line, {}, {}, []) == "a traceback"
+    assert judge(2, line, {}, {"new": None}, []) == "changed: ['new']"
+    assert judge(0, "", {}, {}, [".tmp-x"]) == "left over: ['.tmp-x']"
+
+
+def test_mutations_differ_and_are_repeatable() -> None:
+    for kind, content in (
+        (".json", b'{"a": [1, {"b": "c"}], "d": 2}'),
+        (".safetensors", bytes(900)),
+        (".csv", b"a,b\n"),
+    ):
+        once = [mutate(content, kind, random.Random(seed)) for seed in range(50)]
+        assert once == [mutate(content, kind, random.Random(seed)) for seed in range(50)]
+        assert len({*once}) > 20 and sum(one != content for one in once) > 35
+
+
+def test_the_world_is_what_the_table_says(world: Path) -> None:
+    assert load_file(world / BASE).keys() and (world / STATE / "manifest.json").is_file()
+    assert not (world / "cut" / "DONE").exists() and (world / "run" / "DONE").is_file()
