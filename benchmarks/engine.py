@@ -46,7 +46,8 @@ def write_data(directory: Path, examples: list[Example]) -> Path:
 
     with publish_directory(directory, KIND) as folder:
         names = write_shards(folder, "train", lengths, facts, read)
-        Manifest(KIND, {"order": "as_given"}).write(folder, names)
+        made = {"tokenizer": "none: ids are random", "checkpoint_dir": "none", "arguments": {}}
+        Manifest(KIND, {"order": "as_given"} | made).write(folder, names)
     return directory
 
 

@@ -169,4 +169,5 @@ class ModelConfig:
         except InputError as error:
             raise InputError(f"{path}: {error}; convert the checkpoint again") from None
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{path} cannot be read ({error}); convert the checkpoint again") from None
+            why = " ".join(str(error).split())
+            raise InputError(f"{path} cannot be read ({why}); convert the checkpoint again") from None

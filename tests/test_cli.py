@@ -365,6 +365,7 @@ CONTRACT = {
     "convert_lit_checkpoint": {name: (name, *TEXT) for name in ("checkpoint_path", "output_path", "config_path")},
 }
 REQUIRED = {
+    "estimate": {"data_dir": "data"},
     "doctor": {"checkpoint_dir": "base"},
     "convert_hf_checkpoint": {"checkpoint_dir": "base"},
     "merge_lora": {"lora_path": "adapter", "out_dir": "out"},
