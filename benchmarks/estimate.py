@@ -2,10 +2,11 @@
 
 python benchmarks/estimate.py [--shape pythia-31m|small] [--steps 4] [--out benchmarks/results/estimate_cpu.json]
 
-Each prediction and each run is a process of its own. A run is the training command as a user starts it: loading, steps,
-validation, a sample, saving; what it held is VmHWM of /proc/self/status, which unlike ru_maxrss does not begin with
-what the parent had. Weights are random, examples are made up: 256, of 60 to 400 tokens. "above" is without what the
-process holds before the model: interpreter, torch, lightning.
+Each prediction and each run is a process of its own, with the variable of glibc's that docs/performance.md recommends
+where memory is short; --no-tidy_heap leaves the heap as it is. A run is the training command as a user starts it:
+loading, steps, validation, a sample, saving; what it held is VmHWM of /proc/self/status, which unlike ru_maxrss does
+not begin with what the parent had. Weights are random, examples are made up: 256, of 60 to 400 tokens. "above" is
+without what the process holds before the model: interpreter, torch, lightning.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+TIDY_HEAP = "MALLOC_MMAP_THRESHOLD_"
 sys.path.insert(0, str(ROOT))
 SHAPES = {  # transformers' model_type, hidden, layers, heads, intermediate, vocabulary
     "pythia-31m": ("gpt_neox", 256, 6, 8, 1024, 50304),
@@ -102,12 +104,15 @@ def run(folder: Path, setting: str, steps: int) -> dict:
     return {"peak": int(status["VmHWM"].split()[0]) * 1024}
 
 
-def compare(folder: Path, setting: str, steps: int) -> dict:
+def compare(folder: Path, setting: str, steps: int, tidy_heap: bool) -> dict:
     """Prediction and run of one setting."""
+    environment = {k: v for k, v in os.environ.items() if k != TIDY_HEAP}
+    environment |= {TIDY_HEAP: "1048576"} if tidy_heap else {}
     results = []
     for work in ("predict", "run"):
         command = [sys.executable, __file__, "--work", work, "--folder", folder, "--setting", setting]
-        done = subprocess.run([*map(str, command), "--steps", str(steps)], capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run([*map(str, command), "--steps", str(steps)], capture_output=True, text=True, cwd=ROOT,
+                              env=environment)  # fmt: skip
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
         results.append(json.loads(done.stdout.splitlines()[-1]))
@@ -130,6 +135,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="pythia-31m")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "estimate_cpu.json")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--tidy_heap", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--work", choices=["predict", "run"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--setting", choices=SETTINGS, help=argparse.SUPPRESS)
@@ -142,8 +149,8 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as name:
         make_inputs(Path(name), args.shape)
-        for setting in SETTINGS:
-            results.append(compare(Path(name), setting, args.steps))
+        for setting in args.settings:
+            results.append(compare(Path(name), setting, args.steps, args.tidy_heap))
             text = "{setting:26} predicted {predicted_mb:7,.0f} MB, measured {measured_mb:7,.0f} MB: {error:+.1%}, "
             print((text + "above what was there before {error_above:+.1%}").format(**results[-1]), flush=True)
     import torch

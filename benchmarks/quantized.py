@@ -3,7 +3,7 @@
 python benchmarks/quantized.py --data_dir data/alpaca [--steps 100] [--out FILE]
 
 ``data_dir``: any data prepared with a tokenizer of at most 50,304 ids; their examples train LoRA r 16 on a random 31M
-GPT-NeoX shape, 16 examples a step, on the CPU. Every curve starts from the same weights and sees the same examples.
+GPT-NeoX shape, 8 examples a step, on the CPU. Every curve starts from the same weights and sees the same examples.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def error_of_one_product(kind: str) -> float:
 def curve(data_dir: Path, name: str, n_steps: int) -> list[float]:
     """The loss of each step."""
     precision, quantize = CURVES[name]
-    args = lora_args(data_dir, precision=precision, global_batch_size=16, micro_batch_tokens=4096, device="cpu")
+    args = lora_args(data_dir, precision=precision, global_batch_size=8, micro_batch_tokens=4096, device="cpu")
     model = random_model(SHAPE, "cpu", BASE_DTYPE[precision], quantize)
     training = Training(model, args, compiled=False)
     steps = TrainSteps(Shards(data_dir, "train"), args, share_prefix=True)

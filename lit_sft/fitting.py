@@ -1,5 +1,6 @@
 """Which settings fit into the device's memory: --estimate, --micro_batch_tokens auto, advice when memory ran out."""
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -17,20 +18,20 @@ from lit_sft.estimate import Memory, measure
 from lit_sft.layout import check_checkpoint_dir
 from lit_sft.quantize import NF4, has_nf4
 from lit_sft.run import can_share_prefix, going_on
-from lit_sft.runtime import free_memory, pick_device, resident_memory
+from lit_sft.runtime import BASE_DTYPE, free_memory, pick_device, resident_memory
 from lit_sft.shards import Shards
 
 LONGEST_ROW = {"cpu": DEFAULT_ROW_TOKENS}  # longer ones are not faster there; elsewhere:
 LONGEST_ROW_ON_GPU = 32_768
 CUDA_CONTEXT = 600e6  # bytes of a GPU that the driver takes before the first tensor; assumed
 # glibc keeps what is freed in holes that torch's aligned tensors fit into badly: what a step takes beside the weights
-# was measured at 1.6 to 1.95 times its tensors, with every block checkpointed, and so freed and made again, at 2.9 to
-# 3.4 times (with M_MMAP_THRESHOLD fixed at 1 MB, which no run does for its cost in time, it was 1.1 to 1.2 times).
-HEAP_SLACK, CHECKPOINTED_SLACK = 0.75, 2.0
+# was measured at 1.9 times its tensors, with every block checkpointed, and so freed and made again, at 2.3 times, and
+# at more in long runs of a small model. None of it where this variable of glibc's gives large blocks their own pages.
+TIDY_HEAP = "MALLOC_MMAP_THRESHOLD_"
+HEAP_SLACK, CHECKPOINTED_SLACK = 0.9, 1.35
+LIBRARIES = 60_000_000  # bytes of code and buffers that a CPU's libraries take with the first step; measured
+PACKED_COPIES = 2  # of the head's matrix, the largest, which a product lays out anew for itself
 GPU_SLACK = 0.05  # assumed of an allocator that rounds and splits
-# in 16 bits a CPU's libraries compile kernels for each length of an example and keep them: 180 to 220 MB for 57
-# examples (torch 2.13), up to a number of lengths that is assumed
-KERNELS_PER_LENGTH, MOST_LENGTHS = 4_000_000, 300
 
 
 @dataclass
@@ -66,21 +67,20 @@ class Plan:
         row = self.row(args)
         memory = measure(args, self.config, row)
         fixed = memory.weights + memory.trained + memory.optimizer
-        held = resident_memory() + self._kernels(args) if self.device == "cpu" else 0
+        held = resident_memory() + self._libraries(args) if self.device == "cpu" else 0
         return memory, row, int(held + fixed + (memory.peak - fixed) * (1 + self._slack(args)))
 
     def _slack(self, args: TrainArgs) -> float:
         if self.device != "cpu":
             return GPU_SLACK
+        if TIDY_HEAP in os.environ:
+            return 0.0
         share = 1 / args.checkpoint_every if args.checkpoint_every else 0.0
         return HEAP_SLACK + share * (CHECKPOINTED_SLACK - HEAP_SLACK)
 
-    def _kernels(self, args: TrainArgs) -> int:
-        if self.train is None or args.precision not in ("bf16-true", "bf16-mixed"):
-            return 0
-        steps = TrainSteps(self.train, args)
-        visited = min(len(self.train), steps.batch_size * steps.max_steps)
-        return KERNELS_PER_LENGTH * min(len(self.train.lengths[:visited].unique()), MOST_LENGTHS)
+    def _libraries(self, args: TrainArgs) -> int:
+        head = self.config.vocab_size * self.config.n_embd * BASE_DTYPE[args.precision].itemsize
+        return LIBRARIES + PACKED_COPIES * head
 
     def row_lengths(self, highest: int) -> list[int]:
         """Values of micro_batch_tokens to choose from: ``highest`` and its halves, down to the longest example."""
