@@ -31,8 +31,9 @@ def main(args: FullTrainArgs) -> None:
     plan = make_plan(args, checkpoint_dir, train, fabric.device.type, runtime.precision(fabric))
     if args.estimate:
         return show_estimate(plan)
-    args = choose_settings(args, plan)
+    args = runtime.on_first(fabric, lambda: choose_settings(args, plan))
     train_steps = TrainSteps(train, args, fabric.world_size, fabric.global_rank, share)
+    share = can_share_prefix(args, checkpoint_dir, val)
     val_batches = ValRows(val, train_steps.row_tokens, fabric.world_size, fabric.global_rank, share)
     args = resolve_args(args, checkpoint_dir, fabric, train_steps)
 
@@ -50,7 +51,7 @@ def main(args: FullTrainArgs) -> None:
 
         # whether the longest row fits, then the loop
         if args.rehearse if args.rehearse is not None else fabric.device.type != "cpu":
-            rehearse(fabric, model, trained, optimizer, train_steps, args, plan)
+            rehearse(fabric, model, trained, optimizer, train_steps, args, plan, done)
         sample = sampler(model, tokenizer, args.sample_prompt, val if len(val) else train, fabric.autocast)
         lr_at = optim.lr_schedule(args, train_steps.max_steps)
         last = fit(

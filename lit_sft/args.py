@@ -278,7 +278,7 @@ class TrainArgs(Args):
         "none",
         "blocks computed again backward, to save memory: none, all, a number K for every K-th, or auto: as few as fit",
     )
-    compile: bool | None = arg(None, "compile the blocks, once for rows of any length (default: on CUDA)")
+    compile: bool | None = arg(None, "compile the blocks, but for mixtures of experts (default: on CUDA)")
     max_seq_length: int | None = arg(None, "cut examples again, below the shards' length", "override_max_seq_length")
     learning_rate: float = arg(2e-4, "highest learning rate")
     lr_schedule: Literal["cosine", "linear", "constant"] = arg("cosine", "shape of the learning rate after warmup")
@@ -371,6 +371,13 @@ class LoRATrainArgs(LoRAArgs, TrainArgs):
     quantize: Literal["nf4", "nf4-dq", "fp8", "bnb.nf4", "bnb.nf4-dq"] | None = arg(
         None, "store the frozen linear layers in 4 bits (dq: their scales in 8) or in 8; null: as they are"
     )
+
+    def checks(self) -> dict[str, bool]:  # noqa: D102
+        return super().checks() | {
+            f"--quantize {self.quantize} does not go with --precision 64-true": (
+                self.quantize is not None and self.precision == "64-true"
+            ),
+        }
 
 
 @dataclass

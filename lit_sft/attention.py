@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_sft.recompute import cheaply
+from lit_sft.recompute import cheaply, forgetfully
 
 CHUNK_QUERIES = 512  # where a mask is needed: most of its rows that are in memory at once
 SHORT = 512  # tokens a segment
@@ -109,6 +109,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout |
         return causal_attention(query, key, value, scoring)
     if query.shape[0] != 1 or sum(layout.lengths) != query.shape[2]:
         raise ValueError(f"segments of {sum(layout.lengths)} tokens are no layout of a row of {tuple(query.shape)}")
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # norms may have left queries and keys in fp32
+        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
     if _varlen_fits(query, scoring):
         return _varlen_attention(query, key, value, layout, scoring)
     if len(layout.lengths) == 1:
@@ -200,13 +202,13 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
             query, key, value, is_causal=T > 1, scale=scoring.scale, enable_gqa=grouped
         )
     # scores that no fused kernel computes are made again backward rather than kept
-    recompute = cheaply if scoring.softcap is not None else lambda function, *inputs: function(*inputs)
+    run = forgetfully if scoring.softcap is not None else lambda function, *inputs: function(*inputs)
     pieces, start = [], S - T
     for chunk in query.split(CHUNK_QUERIES, dim=2):
         end = start + chunk.shape[2]
         first = max(0, start + 1 - window)  # the first key that the chunk's first query sees
         attend = partial(_masked_attention, start=start, first=first, scoring=scoring)
-        pieces.append(recompute(attend, chunk, key[:, :, first:end], value[:, :, first:end]))
+        pieces.append(run(attend, chunk, key[:, :, first:end], value[:, :, first:end]))
         start = end
     return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
 

@@ -4,7 +4,7 @@ A step is a set of examples that follows from (data, seed, k). Rows, micro-batch
 how the same sum is computed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
 from math import ceil
@@ -123,18 +123,30 @@ class TrainSteps:
         Of a run of more than LOOKED_AT steps it is one that none exceeds: the longest examples, the last one cut.
         """
         if self.max_steps <= LOOKED_AT:
-            steps = (self.examples(number) for number in range(1, self.max_steps + 1))
-            plans = (p for examples in steps for p in self._plan(examples))
-            lengths = self.shards.lengths
-            return make_row(
-                self.shards, max(plans, key=lambda p: int(lengths[p.examples].sum()) - sum((p.shared or [0])[1:]))
-            )
+            return self.heaviest_of(range(1, self.max_steps + 1))
         order = self.shards.lengths.argsort(descending=True, stable=True)[: self.row_examples or self.batch_size]
         n_taken = int((self.shards.lengths[order].cumsum(0) < self.row_tokens).sum()) + 1
         return _cut(make_row(self.shards, RowPlan(order[:n_taken].tolist(), None)), self.row_tokens)
 
+    def heaviest_of(self, numbers: Iterable[int]) -> Row:
+        """The longest row of these steps, over all processes."""
+        plans = (plan for number in numbers for plan in self._plan(self.examples(number)))
+        lengths = self.shards.lengths
+        return make_row(
+            self.shards, max(plans, key=lambda p: int(lengths[p.examples].sum()) - sum((p.shared or [0])[1:]))
+        )
+
     def _plan(self, examples: list[int]) -> list["RowPlan"]:
-        return plan_rows(self.shards, examples, self.row_tokens, self.row_examples, self.share_prefix)
+        """The rows of all processes; shorter ones than need be where there would be none for some of them."""
+        lengths, max_tokens = self.shards.lengths[examples], self.row_tokens
+        longest = int(lengths.max())
+        if self.world_size > 1:
+            max_tokens = min(max_tokens, max(longest, ceil(1.1 * int(lengths.sum()) / self.world_size)))
+        while True:
+            rows = plan_rows(self.shards, examples, max_tokens, self.row_examples, self.share_prefix)
+            if len(rows) >= self.world_size or max_tokens == longest:
+                return rows
+            max_tokens = max(longest, max_tokens * 7 // 8)  # what is shared left them too few
 
     def alone(self, example: int) -> Row:
         """A row of one example."""

@@ -16,6 +16,7 @@ from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError
 from lit_sft.estimate import Memory, measure
 from lit_sft.layout import check_checkpoint_dir
+from lit_sft.loss import CUDA_LOGITS
 from lit_sft.quantize import NF4, has_nf4
 from lit_sft.run import can_share_prefix, going_on
 from lit_sft.runtime import BASE_DTYPE, free_memory, pick_device, resident_memory
@@ -67,7 +68,7 @@ class Plan:
         row = self.row(args)
         memory = measure(args, self.config, row)
         fixed = memory.weights + memory.trained + memory.optimizer
-        held = resident_memory() + self._libraries(args) if self.device == "cpu" else 0
+        held = resident_memory() + self._libraries(args) if self.device == "cpu" else self._logits(args)
         return memory, row, int(held + fixed + (memory.peak - fixed) * (1 + self._slack(args)))
 
     def _slack(self, args: TrainArgs) -> float:
@@ -77,6 +78,10 @@ class Plan:
             return 0.0
         share = 1 / args.checkpoint_every if args.checkpoint_every else 0.0
         return HEAP_SLACK + share * (CHECKPOINTED_SLACK - HEAP_SLACK)
+
+    def _logits(self, args: TrainArgs) -> int:
+        """What a GPU's larger chunks of logits take, in the model's precision and in fp32; those measured are small."""
+        return CUDA_LOGITS * (BASE_DTYPE[args.precision].itemsize + 4)
 
     def _libraries(self, args: TrainArgs) -> int:
         head = self.config.vocab_size * self.config.n_embd * BASE_DTYPE[args.precision].itemsize
@@ -118,7 +123,14 @@ def make_plan(args: TrainArgs, checkpoint_dir: Path, train: Shards | None, devic
     """The plan of a run on ``device`` as it is now."""
     share = train is not None and can_share_prefix(args, checkpoint_dir, train)
     config = ModelConfig.from_dir(checkpoint_dir)
-    return Plan(replace(args, precision=precision), config, train, share, device, free_memory(device))
+    return Plan(
+        replace(args, precision=precision),
+        config,
+        train,
+        share,
+        device,
+        free_memory(device) // (args.devices if device == "cpu" else 1),
+    )
 
 
 def plan_elsewhere(args: EstimateArgs) -> Plan:

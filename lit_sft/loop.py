@@ -142,12 +142,16 @@ def train_step(
             f"step {step.number} does not fit into the memory of {'this' if too_large else 'another'} device"
         )
     precision = fabric.strategy.precision  # which scales losses and gradients under fp16
+    scaler_copes = args.precision == "16-mixed"  # it skips an update that overflowed and lowers its scale
+    if scaler_copes and not step.rows:
+        precision.scaler.scale(torch.zeros((), device=fabric.device))  # as a backward pass would have begun
     precision.unscale_gradients(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_norm or math.inf).item()
-    scaler_copes = args.precision == "16-mixed"  # it skips an update that overflowed and lowers its scale
     skipped = not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler_copes)
     if skipped and args.on_nonfinite == "stop":
         optimizer.zero_grad()
+        if scaler_copes:
+            precision.scaler.update()
         raise FloatingPointError(f"step {step.number}: loss {loss}, gradient norm {grad_norm}")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -204,7 +208,7 @@ def _culprits(fabric: Fabric, model: GPT, steps: TrainSteps, number: int) -> str
 
 def _heaviest_row(steps: TrainSteps, number: int, advise: Callable[[int], str] | None) -> str:
     """The longest row of a step that does not fit into memory, and what to lower."""
-    row = max(steps[number].rows, key=lambda row: row.input_ids.numel())
+    row = steps.heaviest_of([number])
     n_tokens, longest = row.input_ids.numel(), int(steps.shards.lengths.max())
     lower = f"the same command goes on with --micro_batch_tokens {max(n_tokens // 2, longest)}"
     if n_tokens > longest and advise:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 CHUNK_ROWS = 256  # logits alive at once: 256 × vocab_size
-CUDA_CHUNK_ROWS = 2048  # fewer, larger products and kernels
+CUDA_LOGITS = 2**26  # there: fewer, larger products and kernels, in bounded memory
 STRIP_ROWS = 16  # of a chunk, what a CPU's cache holds while softmax reads and writes it
 
 
@@ -25,7 +25,7 @@ def cross_entropy_sum(
         parameters. Never a mean: the caller divides once.
     """
     trainable = [p for p in head.parameters() if p.requires_grad]
-    return _ChunkedCrossEntropy.apply(head, labels, counts, softcap, hidden, *trainable)
+    return _ChunkedCrossEntropy.apply(head, labels, counts, softcap, torch.is_grad_enabled(), hidden, *trainable)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -38,16 +38,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         counts: Tensor | None,
         softcap: float | None,
+        wanted: bool,
         hidden: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        wanted = any(ctx.needs_input_grad)
+        wanted = wanted and any(ctx.needs_input_grad)  # which are as they were given, also under no_grad
         # a frozen matrix alone: its products need no graph, and share one buffer
         plain = type(head) is nn.Linear and head.bias is None and not parameters
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
-        n_rows = CUDA_CHUNK_ROWS if hidden.is_cuda else CHUNK_ROWS
+        n_rows = max(CHUNK_ROWS, CUDA_LOGITS // head.out_features) if hidden.is_cuda else CHUNK_ROWS
         buffer = hidden.new_empty(min(n_rows, len(labels)), head.out_features) if plain else None
         for start in range(0, len(labels), n_rows):
             rows = slice(start, start + n_rows)
@@ -77,6 +78,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
             *(None if g is None else (g * grad_total).to(g.dtype) for g in (grad_hidden, *grads)),
         )
 
@@ -100,7 +102,7 @@ def _losses(logits: Tensor, labels: Tensor, weights: Tensor | None, softcap: flo
         gradient = torch.softmax(scores, 1, out=scores)
         # log of the normaliser, from the likeliest entry, whose probability cannot underflow
         losses = highest - gradient.amax(1).log() - scores_of_labels
-        total += losses.sum() if weights is None else losses @ weights[rows]
+        total += losses.sum() if weights is None else (losses * weights[rows]).sum()
         if not wanted:
             continue
         gradient.scatter_add_(1, ids, gradient.new_full(ids.shape, -1.0))

@@ -106,7 +106,7 @@ class _FP8Product(torch.autograd.Function):
 def _scaled_product(x: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
     """X (…, K) times bits (K, N) with a scale for each column (1, N), in x's dtype."""
     rows, row_scale = to_fp8(x.reshape(-1, x.shape[-1]))
-    narrow = x.dtype if x.dtype != torch.float32 or not x.is_cuda else torch.bfloat16  # all that CUDA's product gives
+    narrow = torch.bfloat16 if x.is_cuda else x.dtype  # all that CUDA's product gives
     y = torch._scaled_mm(rows, bits, scale_a=row_scale, scale_b=scale, out_dtype=narrow)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
@@ -121,6 +121,8 @@ def quantized(weight: Tensor, kind: str) -> QuantizedLinear:
     """The layer that computes with ``weight`` (out, in) as ``kind`` stores it; InputError when it cannot."""
     kind = kind.removeprefix("bnb.")  # Lit-GPT's spelling, after the library
     if kind == FP8:
+        if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 9):
+            raise InputError("--quantize fp8 needs a GPU that multiplies in FP8: Ada, Hopper or later; use nf4")
         if weight.is_cuda and (weight.shape[0] % 16 or weight.shape[1] % 16):
             raise InputError(f"--quantize fp8: a weight of {tuple(weight.shape)} is not a multiple of 16 both ways")
         return FP8Linear(weight)

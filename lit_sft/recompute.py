@@ -93,6 +93,11 @@ def cheaply(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return output
 
 
+def forgetfully(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``function(*inputs)``, of which the inputs alone are kept, in compiled models too."""
+    return _Recomputed.apply(function, len(inputs), *inputs) if torch.is_grad_enabled() else function(*inputs)
+
+
 class _Recomputed(torch.autograd.Function):
     """Keeps the inputs alone, and runs the function once more for its gradients."""
 

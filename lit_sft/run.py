@@ -93,8 +93,10 @@ def can_share_prefix(args: TrainArgs, checkpoint_dir: Path, train: Shards) -> bo
 
 def resolve_args(args: TrainArgs, checkpoint_dir: Path, fabric: Fabric, steps: TrainSteps) -> TrainArgs:
     """The arguments with every default filled in, as they are saved and compared on resume."""
+    quantize = getattr(args, "quantize", None)
     return replace(
         args,
+        **({"quantize": quantize.removeprefix("bnb.")} if quantize else {}),  # Lit-GPT's spelling of the same
         checkpoint_dir=str(checkpoint_dir),
         precision=precision(fabric),
         compile=fabric.device.type == "cuda" if args.compile is None else args.compile,

@@ -86,7 +86,7 @@ def reduce_gradients(fabric: Fabric, parameters: list[nn.Parameter]) -> None:
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
     flat = fabric.all_reduce(torch.cat([g.reshape(-1) for g in grads]), reduce_op="sum")
     for parameter, grad in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
-        parameter.grad = grad.view_as(parameter).clone()
+        parameter.grad = grad.view_as(parameter)
 
 
 def reduce(fabric: Fabric, operation: str, *values: float) -> list[float]:

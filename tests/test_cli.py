@@ -457,6 +457,7 @@ NO_SUCH_THING: list[tuple[str, str, list[str], str]] = [
     ("zero iterations", "lora", ["--max_iters", "0"], "--max_iters 0 must be above 0"),
     ("negative time", "lora", ["--max_time", "-1"], "--max_time -1.0 must be above 0"),
     ("zero batch", "lora", ["--global_batch_size", "0"], "--global_batch_size 0 must be above 0"),
+    ("nf4 in fp64", "lora", ["--quantize=nf4", "--precision=64-true"], "nf4 does not go with --precision 64-true"),
     ("checkpointing", "lora", ["--activation_checkpointing", "some"], "must be none, auto, all or a number above 0"),
     ("zero row", "lora", ["--micro_batch_tokens", "0"], "--micro_batch_tokens 0 must be above 0"),
     ("zero micro-batch", "lora", ["--micro_batch_size", "0"], "--micro_batch_size 0 must be above 0"),

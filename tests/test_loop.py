@@ -598,3 +598,15 @@ def test_an_adapter_of_another_base_is_refused(checkpoint: Callable[..., Path], 
         assert torch.equal(load_model(base, tmp_path / "adapter")(ids), model(ids))
     with pytest.raises(InputError, match="was trained on"):
         load_model(other, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_every_process_has_rows_of_a_step(data: tuple[Path, Path], share: bool) -> None:
+    """One row would do for a whole step: of two processes one would then wait for the other at each of them."""
+    args = lora_args(data[1], Path("out"), global_batch_size=24, micro_batch_tokens=8192)
+    shards = Shards(data[1], "train")
+    for number in (1, 2):
+        parts = [TrainSteps(shards, args, 2, rank, share)[number] for rank in (0, 1)]
+        n_tokens = [sum(row.input_ids.numel() for row in part.rows) for part in parts]
+        assert min(n_tokens) > 0.6 * max(n_tokens)
+        assert sorted(i for part in parts for row in part.rows for i in row.examples) == sorted(parts[0].examples)

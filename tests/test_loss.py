@@ -75,6 +75,28 @@ def test_loss_and_gradient_are_those_of_the_fused_loss_of_torch(dtype: torch.dty
     assert (ours.grad - theirs.grad).norm() < tolerance * theirs.grad.norm()
 
 
+def test_counted_losses_are_summed_in_fp32_under_autocast_too() -> None:
+    """A product of losses and counts would be one that autocast rounds."""
+    hidden, head, labels = inputs(T=3000, C=16, bias=False)
+    hidden, head, counts = hidden.float(), head.float().requires_grad_(False), torch.randint(1, 9, (3000,))
+    with torch.autocast("cpu", torch.bfloat16):
+        total = cross_entropy_sum(hidden, head, labels, counts)
+        logits = head(hidden).float()
+    expected = F.cross_entropy(logits, labels, reduction="none").double() @ counts.double()
+    assert total.dtype == torch.float32 and total.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_nothing_is_differentiated_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation of a trained head would otherwise make its gradients for each row."""
+    wanted, losses = [], loss._losses
+    monkeypatch.setattr(loss, "_losses", lambda *args: (wanted.append(args[-1]), losses(*args))[1])
+    hidden, head, labels = inputs()
+    with torch.no_grad():
+        without = cross_entropy_sum(hidden, head, labels)
+    within = cross_entropy_sum(hidden, head, labels)
+    assert wanted == [False, True] and torch.equal(without, within.detach())
+
+
 def test_low_precision_is_summed_in_fp32() -> None:
     hidden, head, labels = inputs(T=3000)
     total = cross_entropy_sum(hidden.bfloat16(), head.bfloat16(), labels)

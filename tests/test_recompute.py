@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_sft.recompute import cheaply, recomputing
+from lit_sft.recompute import cheaply, forgetfully, recomputing
 
 
 def chain(x: Tensor, norm: nn.Module, weights: list[Tensor], tell: list[str]) -> Tensor:
@@ -100,3 +100,14 @@ def test_identity_is_no_tensor_of_its_own() -> None:
         total = F.linear(y, weights[0].T).sum()
     total.backward()
     assert y is x and x.grad is not None
+
+
+def test_what_is_forgotten_without_a_session_has_the_same_gradients() -> None:
+    x, _, weights = setting()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
+        total = forgetfully(lambda a, w: (a @ w).exp().tanh().square(), x, weights[0]).sum()
+    plain = (x @ weights[0]).exp().tanh().square().sum()
+    assert kept == [x.shape, weights[0].shape]
+    ours, theirs = (torch.autograd.grad(t, (x, weights[0])) for t in (total, plain))
+    assert all(torch.allclose(a, b, rtol=1e-13) for a, b in zip(ours, theirs, strict=True))
