@@ -70,7 +70,7 @@ class FP8Linear(QuantizedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        return _FP8Product.apply(x, self.bits, self.scale)
+        return _FP8Product.apply(x.reshape(-1, self.in_features), self.bits, self.scale).view(*x.shape[:-1], -1)
 
 
 class _NF4Product(torch.autograd.Function):
@@ -87,7 +87,7 @@ class _NF4Product(torch.autograd.Function):
 
 
 class _FP8Product(torch.autograd.Function):
-    """A product with frozen FP8 weights ``bits`` (out, in), scaled by ``scale`` (1, out); the input is not kept."""
+    """X (N, in) times frozen FP8 weights ``bits`` (out, in), scaled by ``scale`` (1, out); the input is not kept."""
 
     @staticmethod
     def forward(ctx, x: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
@@ -104,11 +104,11 @@ class _FP8Product(torch.autograd.Function):
 
 
 def _scaled_product(x: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
-    """X (…, K) times bits (K, N) with a scale for each column (1, N), in x's dtype."""
-    rows, row_scale = to_fp8(x.reshape(-1, x.shape[-1]))
+    """X (M, K) times bits (K, N) with a scale for each column (1, N), in x's dtype."""
+    rows, row_scale = to_fp8(x)
     narrow = torch.bfloat16 if x.is_cuda else x.dtype  # all that CUDA's product gives
     y = torch._scaled_mm(rows, bits, scale_a=row_scale, scale_b=scale, out_dtype=narrow)
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+    return y.to(x.dtype)
 
 
 def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,6 +125,7 @@ def quantized(weight: Tensor, kind: str) -> QuantizedLinear:
             raise InputError("--quantize fp8 needs a GPU that multiplies in FP8: Ada, Hopper or later; use nf4")
         if weight.is_cuda and (weight.shape[0] % 16 or weight.shape[1] % 16):
             raise InputError(f"--quantize fp8: a weight of {tuple(weight.shape)} is not a multiple of 16 both ways")
+        torch.compiler.allow_in_graph(_FP8Product)  # whose inside Dynamo of torch 2.13 fails on with rows of any length
         return FP8Linear(weight)
     return NF4Linear(weight, double=kind == NF4_DOUBLE)
 

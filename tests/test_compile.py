@@ -100,6 +100,7 @@ def losses_and_gradients(
         ("parallel", 0.0, 1, None),
         ("windows", 0.2, 3, None),
         ("grouped-query", 0.0, 0, "fp8"),
+        ("grouped-query", 0.0, 0, "nf4"),
     ],
 )
 def test_compiled_blocks_compute_the_same_and_are_compiled_once(
