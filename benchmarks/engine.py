@@ -11,6 +11,7 @@ import measure
 import torch
 from lengths import Example
 from measure import draw_weight, settle, since_start
+from profiling import profile
 from shapes import ALPHA, RANK, SHAPES, Shape
 
 from lit_sft import checkpoint, optim, runtime
@@ -139,7 +140,9 @@ def grow(folder: Path, precision: str, micro_batch: int, n_steps: int) -> dict:
     weights_mb = settle(model.parameters())
     steps = TrainSteps(Shards(folder, "train"), args, share_prefix=True)
     records = training.run(steps, args, 1, n_steps)
-    return {"steps": records, "weights_mb": weights_mb, "peak_mb": measure.peak(), "first_step_s": since_start()}
+    run = {"steps": records, "weights_mb": weights_mb, "peak_mb": measure.peak(), "first_step_s": since_start()}
+    found = profile(lambda: training.run(steps, args, n_steps, n_steps), "cpu", SHAPES["pythia-31m"])
+    return run | {"attention_share": found["categories"].get("attention", 0.0) / found["profiled_seconds"]}
 
 
 if __name__ == "__main__":

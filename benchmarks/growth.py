@@ -4,7 +4,8 @@ python benchmarks/train.py --growth [--out FILE]
 
 Random ids, nothing shared, a 31M GPT-NeoX shape in fp32, about 16,384 tokens a step. ``per_flop`` is useful tokens a
 second times the floating-point operations that a token of that length costs, relative to the first row: 1 where only
-attention's own cost grows. Memory is what is resident above the loaded model.
+attention's own operations grow. ``outside_attention`` is what it would be without the time that one profiled step spent
+in attention, relative to the first row too. Memory is what is resident above the loaded model, before that step.
 """
 
 import sys
@@ -39,6 +40,7 @@ def measured(length: int, count: int, n_steps: int, repeats: int) -> dict:
         "examples": count,
         "tokens_per_s": tokens_per_s(best),
         "flop_per_s": tokens_per_s(best) * flop,
+        "attention_share": best["attention_share"],
         "above_weights_mb": best["peak_mb"] - best["weights_mb"],
         "runs": runs,
     }
@@ -50,6 +52,11 @@ def tokens_per_s(run: dict) -> float:
     return sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)
 
 
+def outside_attention(row: dict) -> float:
+    """Useful tokens a second of the time not spent in attention."""
+    return row["tokens_per_s"] / (1 - row["attention_share"])
+
+
 def grow(lengths: list[int], counts: list[int], n_steps: int, repeats: int) -> dict:
     """The two tables, printed as they grow."""
     tables = {"lengths": [], "counts": []}
@@ -57,8 +64,11 @@ def grow(lengths: list[int], counts: list[int], n_steps: int, repeats: int) -> d
     cases += [("counts", min(lengths), count) for count in counts]
     for name, length, count in cases:
         row = measured(length, count, n_steps, repeats)
-        row["per_flop"] = row["flop_per_s"] / (tables[name] or [row])[0]["flop_per_s"]
+        first = (tables[name] or [row])[0]
+        row["per_flop"] = row["flop_per_s"] / first["flop_per_s"]
+        row["outside_attention"] = outside_attention(row) / outside_attention(first)
         tables[name].append(row)
-        print(f"{length:6,} tokens, {count:8,} examples: {row['tokens_per_s']:8,.0f} useful tokens/s, "
-              f"{row['per_flop']:5.2f} per FLOP, {row['above_weights_mb']:6,.0f} MB", flush=True)  # fmt: skip
+        said = {"useful tokens/s": "tokens_per_s", "per FLOP": "per_flop", "outside attention": "outside_attention"}
+        told = ", ".join(f"{row[key]:,.5g} {name}" for name, key in (said | {"MB": "above_weights_mb"}).items())
+        print(f"{length:6,} tokens, {count:8,} examples: {told}", flush=True)
     return tables

@@ -68,9 +68,15 @@ def growth_tables(result: dict) -> str:
     """Of benchmarks/train.py --growth."""
     parts = [f"{result['cpu']}, {result['cores']} cores; torch {result['torch']}. `{result['command']}`\n"]
     for name, column in (("lengths", "tokens_an_example"), ("counts", "examples")):
-        rows = [[f"{row[column]:,}", f"{row['tokens_per_s']:,.0f}", f"{row['per_flop']:.2f}",
-                 f"{row['above_weights_mb']:,.0f}"] for row in result[name]]  # fmt: skip
-        header = [column.replace("_", " "), "useful tokens/s", "FLOP/s, relative", "MB above weights"]
+        rows = [
+            [
+                f"{row[column]:,}", f"{row['tokens_per_s']:,.0f}", f"{row['per_flop']:.2f}",
+                f"{row['attention_share']:.0%}", f"{row['outside_attention']:.2f}", f"{row['above_weights_mb']:,.0f}",
+            ]
+            for row in result[name]
+        ]  # fmt: skip
+        header = [column.replace("_", " "), "useful tokens/s", "FLOP/s, relative", "attention's share of the time"]
+        header += ["outside it, relative", "MB above weights"]
         parts.append(table(header, rows))
     return "\n".join(parts)
 

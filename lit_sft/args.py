@@ -259,6 +259,7 @@ class TrainArgs(Args):
     seed: int = arg(1337, "seed of the order of examples, of the adapter's start and of dropout")
     device: Literal["auto", "cpu", "cuda", "mps"] = arg("auto", "where to run")
     devices: int = arg(1, "number of devices; one process each")
+    timeout_minutes: float = arg(30.0, "with several: end the run when a process has not answered for so long")
     precision: Literal["32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"] | None = arg(
         None, "Fabric's name (default: bf16-true on CUDA, 32-true elsewhere); what is trained is kept in fp32 or better"
     )
@@ -318,6 +319,7 @@ class TrainArgs(Args):
             "devices",
         )
         positive += ("micro_batch_size", "learning_rate", "max_norm", "eval_interval", "save_interval", "save_minutes")
+        positive += ("timeout_minutes",)
         positive += ("keep_last",)
         given = {name: value for name in positive if (value := getattr(self, name)) not in (None, "auto")}
         wrong = {name: value for name, value in given.items() if not value > 0}

@@ -21,6 +21,7 @@ from lit_sft.atomic import without_secrets
 from lit_sft.errors import InputError, Interrupted, RunFailed, stops, words
 
 UNFINISHED = "nothing is left half written"
+OTHERS_WORDS = 0.5  # what the first of them gives the others to say why they fail too, before it ends them
 OTHERS_SECONDS = 4.0  # a process that failed waits as long for the first of them, whose exit code is the command's
 
 
@@ -110,6 +111,11 @@ def _leave(code: int) -> NoReturn:
     limit = time.monotonic() + OTHERS_SECONDS
     while code and os.environ.get("LOCAL_RANK", "0") != "0" and os.getppid() == first and time.monotonic() < limit:
         time.sleep(0.02)
+    runtime = sys.modules.get("lit_sft.runtime")
+    if code and runtime and runtime.started:
+        time.sleep(OTHERS_WORDS)
+        for process in runtime.started:  # one may hang, and would for ever
+            process.kill()
     os._exit(code)
 
 

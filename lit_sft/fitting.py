@@ -19,7 +19,7 @@ from lit_sft.layout import check_checkpoint_dir
 from lit_sft.loss import CUDA_LOGITS
 from lit_sft.quantize import NF4, has_nf4
 from lit_sft.run import can_share_prefix, going_on
-from lit_sft.runtime import BASE_DTYPE, free_memory, pick_device, resident_memory
+from lit_sft.runtime import BASE_DTYPE, TIDY_HEAP, free_memory, pick_device, resident_memory
 from lit_sft.shards import Shards
 
 LONGEST_ROW = {"cpu": DEFAULT_ROW_TOKENS}  # longer ones are not faster there; elsewhere:
@@ -28,7 +28,6 @@ CUDA_CONTEXT = 600e6  # bytes of a GPU that the driver takes before the first te
 # glibc keeps what is freed in holes that torch's aligned tensors fit into badly: what a step takes beside the weights
 # was measured at 1.9 times its tensors, with every block checkpointed, and so freed and made again, at 2.3 times, and
 # at more in long runs of a small model. None of it where this variable of glibc's gives large blocks their own pages.
-TIDY_HEAP = "MALLOC_MMAP_THRESHOLD_"
 HEAP_SLACK, CHECKPOINTED_SLACK = 0.9, 1.35
 LIBRARIES = 60_000_000  # bytes of code and buffers that a CPU's libraries take with the first step; measured
 PACKED_COPIES = 2  # of the head's matrix, the largest, which a product lays out anew for itself

@@ -18,7 +18,7 @@ from lit_sft.lora import ExampleDropout
 from lit_sft.loss import cross_entropy_sum
 from lit_sft.metrics import Metrics, shown
 from lit_sft.model import GPT
-from lit_sft.runtime import StopSignals, peak_memory, reduce, reduce_gradients
+from lit_sft.runtime import StopSignals, exchange, peak_memory, reduce, reduce_gradients
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -191,7 +191,8 @@ def _explain(
         why = _heaviest_row(steps, number, advise)
     else:
         why = _culprits(fabric, model, steps, number)
-    fabric.barrier()
+    with exchange():
+        fabric.barrier()
     return why
 
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-CHUNK_ROWS = 256  # logits alive at once: 256 × vocab_size
-CUDA_LOGITS = 2**26  # there: fewer, larger products and kernels, in bounded memory
+CHUNK_ROWS = 256  # of logits alive at once, at least; more where these are fewer elements:
+CPU_LOGITS = 25 * 2**20  # so that its products have the rows they are fast with
+CUDA_LOGITS = 2**26  # fewer, larger products and kernels
 STRIP_ROWS = 16  # of a chunk, what a CPU's cache holds while softmax reads and writes it
 
 
@@ -28,6 +29,16 @@ def cross_entropy_sum(
     return _ChunkedCrossEntropy.apply(head, labels, counts, softcap, torch.is_grad_enabled(), hidden, *trainable)
 
 
+def chunk_rows(n_labels: int, vocab_size: int, cuda: bool = False) -> int:
+    """Rows of logits to make at once: all chunks alike, since a small rest takes a slow product.
+
+    On two cores, 50,304 × 256 in fp32, forward and backward in GFLOP/s: 256 rows 137 and 166, 512 rows 148 and 182.
+    """
+    most = max(CHUNK_ROWS, (CUDA_LOGITS if cuda else CPU_LOGITS) // vocab_size)
+    n_chunks = -(-n_labels // most)
+    return -(-n_labels // n_chunks) if n_chunks else most
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Runs the head forward and backward chunk by chunk in ``forward``; ``backward`` only scales what was kept."""
 
@@ -48,7 +59,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
-        n_rows = max(CHUNK_ROWS, CUDA_LOGITS // head.out_features) if hidden.is_cuda else CHUNK_ROWS
+        n_rows = chunk_rows(len(labels), head.out_features, hidden.is_cuda)
         buffer = hidden.new_empty(min(n_rows, len(labels)), head.out_features) if plain else None
         for start in range(0, len(labels), n_rows):
             rows = slice(start, start + n_rows)

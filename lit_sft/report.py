@@ -42,7 +42,7 @@ def write_data_report(folder: Path, name: str, facts: dict, tokenizer: Tokenizer
         "examples": _shown(splits, names, N_SHOWN, tokenizer),
         "limits": figures,
     }
-    (folder / REPORT).write_text(_render("data.html", context), encoding="utf-8")
+    (folder / REPORT).write_text(render("data.html", context), encoding="utf-8")
     return REPORT
 
 
@@ -52,7 +52,8 @@ def show_examples(folder: Path, facts: dict, count: int, tokenizer: Tokenizer, f
     print_examples(_shown([measure(folder, split) for split in ("train", "val")], names, count, tokenizer), file)
 
 
-def _render(page: str, context: dict) -> str:
+def render(page: str, context: dict) -> str:
+    """One of the templates in ``pages/`` with ``context``; every value is escaped, a missing one is an error."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lit_sft", "pages"),
         autoescape=True,

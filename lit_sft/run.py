@@ -23,7 +23,7 @@ from lit_sft.atomic import LOCK, lock, sweep, write_atomically
 from lit_sft.batches import TrainSteps
 from lit_sft.checkpoint import base_fingerprint, go_back, load_state, newest_state, prune_states, save_state
 from lit_sft.config import ModelConfig
-from lit_sft.errors import InputError
+from lit_sft.errors import InputError, Interrupted, RunFailed
 from lit_sft.layout import (
     ADAPTER_DIR,
     DONE,
@@ -35,6 +35,7 @@ from lit_sft.layout import (
     state_name,
 )
 from lit_sft.optim import warmup_steps
+from lit_sft.run_report import write_run_report
 from lit_sft.runtime import on_first, precision
 from lit_sft.shards import Shards
 from lit_sft.tokenizer import Tokenizer
@@ -45,6 +46,7 @@ FREE = {
     "eval_interval", "save_interval", "save_minutes", "keep_last", "keep_best", "on_nonfinite", "sample_prompt",
     "checkpoint_dir", "data_dir", "max_iters", "epochs", "share_prefix", "activation_checkpointing", "compile",
     "hardware", "threads", "torch", "lit_sft", "estimate", "rehearse",
+    "timeout_minutes",
 }  # fmt: skip
 # those of them that move the last bits
 PLACES = (
@@ -131,6 +133,20 @@ def open_run(args: TrainArgs, shards: Shards, fabric: Fabric) -> Iterator[Path |
             if fabric.is_global_zero:
                 _forget_unstarted(Path(args.out_dir))
             raise
+        except (Interrupted, RunFailed):
+            if fabric.is_global_zero:
+                _report(args)
+            raise
+
+
+def _report(args: TrainArgs) -> None:
+    """Write the page about the run."""
+    write_run_report(Path(args.out_dir), _arguments(args), args.max_steps)
+
+
+def _arguments(args: TrainArgs) -> dict:
+    """What run.yaml says."""
+    return {k: v for k, v in asdict(args).items() if k != "debug"}
 
 
 def _forget_unstarted(out_dir: Path) -> None:
@@ -156,7 +172,7 @@ def _surroundings(device: torch.device) -> dict:
 def _start_or_go_on(args: TrainArgs, shards: Shards, device: torch.device) -> Path | None:
     out_dir = Path(args.out_dir)
     path, inputs_path = out_dir / RUN_ARGUMENTS, out_dir / RUN_INPUTS
-    arguments = {k: v for k, v in asdict(args).items() if k != "debug"}
+    arguments = _arguments(args)
     inputs = {
         "base_fingerprint": base_fingerprint(Path(args.checkpoint_dir)),
         "data_fingerprint": "+".join(fact["sha256"] for _, fact in sorted(shards.manifest.files.items())),
@@ -301,7 +317,8 @@ class Saver:
 
 
 def finish(args: TrainArgs, last: int, result: Path, save: Saver) -> None:
-    """Mark the run as done, unless ``max_time`` ended it early, and say what to do with ``result``."""
+    """Write the run's page, mark it as done unless ``max_time`` ended it early, say what to do with ``result``."""
+    _report(args)
     if last == args.max_steps:
         write_atomically(Path(args.out_dir) / DONE, f"{last} steps\n")
     if save.best_step not in (None, last):

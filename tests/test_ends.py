@@ -78,6 +78,7 @@ def test_a_signal_at_any_phase(phase: str, number: int, recipe: str, world: Path
     assert code == (0 if phase == "the last save" else CODES[number]), told
     assert "Traceback" not in told and "unexpected" not in told
     assert code == 0 or "stopped by" in told or "interrupted" in told
+    assert (out / "report.html").exists() == (out / "metrics.jsonl").exists()
     assert not leftovers(tmp_path)
     if code:
         assert not (out / "DONE").exists()
@@ -182,31 +183,44 @@ def test_a_disk_that_takes_nothing(what: str, fault: int, inputs: Path, tmp_path
 # --- a process of two dies ---
 
 
+TIMEOUT = 6  # seconds
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dies", ["the first", "the second"])
-def test_a_dead_process_ends_the_others(dies: str, world: Path, tmp_path: Path) -> None:
-    """Within the five seconds between Fabric's looks, or at the next exchange; nobody waits for ever."""
+@pytest.mark.parametrize(
+    ("which", "number"), [(w, s) for s in (signal.SIGKILL, signal.SIGSTOP) for w in ("the first", "the second")]
+)
+def test_a_dead_or_hung_process_ends_the_others(which: str, number: int, world: Path, tmp_path: Path) -> None:
+    """Dead: within the five seconds between Fabric's looks, or at the next exchange; hung: after the time allowed."""
     out = tmp_path / "out"
     argv = [sys.executable, "finetune/lora.py", f"--data_dir={world / 'data'}", f"--out_dir={out}", "--device=cpu"]
     argv += ["--devices=2", "--global_batch_size=8", "--max_steps=100000", "--epochs=null", "--save_interval=3"]
+    argv += [f"--timeout_minutes={TIMEOUT / 60}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("w") as log:
         first = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    second = "0"
     try:
         deadline = time.monotonic() + 120
         while not list(out.glob("checkpoints/step-*")):
             assert first.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.05)
         [second] = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-        os.kill(first.pid if dies == "the first" else int(second), signal.SIGKILL)
-        deadline = time.monotonic() + 30
-        while (dies == "the second" and first.poll() is None) or _runs(second):
-            assert time.monotonic() < deadline, "a process outlived the other"
+        os.kill(first.pid if which == "the first" else int(second), number)
+        deadline = time.monotonic() + 10 + (TIMEOUT if number == signal.SIGSTOP else 0)
+        while (which == "the second" and first.poll() is None) or _runs(second):
+            assert time.monotonic() < deadline, f"a process outlived the other\n{(tmp_path / 'log').read_text()}"
             time.sleep(0.05)
+        if (which, number) == ("the first", signal.SIGSTOP):
+            first.kill()  # what has stopped it need not let it go on
         assert first.wait() != 0 and not (out / "DONE").exists()
     finally:
         first.kill()
+        if _runs(second):
+            os.kill(int(second), signal.SIGKILL)
     assert Manifest.read(max(out.glob("checkpoints/step-*"))).kind == "state"
+    told = (tmp_path / "log").read_text()
+    assert number == signal.SIGKILL or "has died or does not answer" in told, told
 
 
 def _runs(pid: str) -> bool:

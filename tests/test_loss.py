@@ -22,6 +22,7 @@ def test_sum_and_gradients_are_those_of_torch(
     monkeypatch: pytest.MonkeyPatch, chunk: int, head_trains: bool, bias: bool, counted: bool, softcap: float | None
 ) -> None:
     monkeypatch.setattr(loss, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(loss, "CPU_LOGITS", 1)
     monkeypatch.setattr(loss, "STRIP_ROWS", 5)
     hidden, head, labels = inputs(bias=bias)
     counts = torch.arange(1, len(labels) + 1) if counted else None
@@ -50,14 +51,24 @@ def test_no_labels_is_zero_and_nothing_flows() -> None:
     assert total.item() == 0.0 and not hidden.grad.any()
 
 
-def test_the_logits_of_a_row_are_never_held_at_once() -> None:
-    """The head is called on chunks of rows."""
+def test_the_logits_of_a_row_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head is called on chunks of rows, all alike."""
+    monkeypatch.setattr(loss, "CPU_LOGITS", 1)
     hidden, head, labels = inputs(T=2000)
     seen = []
     head.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
     with torch.no_grad():
         cross_entropy_sum(hidden, head, labels)
-    assert sum(seen) == 2000 and max(seen) <= loss.CHUNK_ROWS
+    assert seen == [250] * 8 and max(seen) <= loss.CHUNK_ROWS
+
+
+@pytest.mark.parametrize("vocab_size", [800, 32_000, 50_304, 256_000])
+@pytest.mark.parametrize("n", [0, 1, 255, 512, 4097, 100_000])
+def test_chunks_are_alike_and_their_logits_bounded(n: int, vocab_size: int) -> None:
+    for cuda, elements in ((False, loss.CPU_LOGITS), (True, loss.CUDA_LOGITS)):
+        rows = loss.chunk_rows(n, vocab_size, cuda)
+        assert rows >= 1 and (rows <= loss.CHUNK_ROWS or rows * vocab_size <= elements)
+        assert rows * -(-n // rows) - n < max(1, -(-n // rows)), "the last chunk is short by less than a row each"
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch 2.11 has no fused loss to compare with")

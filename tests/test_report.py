@@ -81,7 +81,7 @@ def draw_examples(n: int, seed: int = 0, longest: int = 90) -> list[Pair]:
 class Page(HTMLParser):
     """Every table as rows of texts by its id, the shown examples token by token, and all that a browser might obey."""
 
-    VOID = ("meta", "line", "rect")
+    VOID = ("meta", "line", "rect", "polyline")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Page(HTMLParser):
             self._cell = ""
         elif tag == "summary":
             self.examples.append({"tokens": [], "hidden": ""})
-        elif "title" in own:
+        elif "title" in own and tag != "i":  # a mark in a chart
             self._token = [int(own["title"]), "", tag == "mark", own.get("class") == "c"]
 
     def handle_endtag(self, tag: str) -> None:
