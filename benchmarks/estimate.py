@@ -79,7 +79,7 @@ def predict(folder: Path, setting: str, steps: int) -> dict:
     """The training command up to where it would print the estimate."""
     from finetune import full, lora
     from lit_sft import fitting
-    from lit_sft.runtime import resident_memory
+    from lit_sft.memory import resident_memory
 
     found = {}
 

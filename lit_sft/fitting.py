@@ -17,9 +17,10 @@ from lit_sft.errors import InputError
 from lit_sft.estimate import Memory, measure
 from lit_sft.layout import check_checkpoint_dir
 from lit_sft.loss import CUDA_LOGITS
+from lit_sft.memory import TIDY_HEAP, free_memory, resident_memory
 from lit_sft.quantize import NF4, has_nf4
 from lit_sft.run import can_share_prefix, going_on
-from lit_sft.runtime import BASE_DTYPE, TIDY_HEAP, free_memory, pick_device, resident_memory
+from lit_sft.runtime import BASE_DTYPE, pick_device
 from lit_sft.shards import Shards
 
 LONGEST_ROW = {"cpu": DEFAULT_ROW_TOKENS}  # longer ones are not faster there; elsewhere:

@@ -16,9 +16,10 @@ from lit_sft.batches import Row, Step, TrainSteps
 from lit_sft.errors import Interrupted, RunFailed
 from lit_sft.lora import ExampleDropout
 from lit_sft.loss import cross_entropy_sum
+from lit_sft.memory import peak_memory
 from lit_sft.metrics import Metrics, shown
 from lit_sft.model import GPT
-from lit_sft.runtime import StopSignals, exchange, peak_memory, reduce, reduce_gradients
+from lit_sft.runtime import StopSignals, exchange, reduce, reduce_gradients
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

@@ -40,14 +40,15 @@ class Chart(NamedTuple):
 
 
 def write_run_report(out_dir: Path, arguments: dict, max_steps: int) -> None:
-    """Write the page about the run in ``out_dir`` from its metrics.jsonl; nothing where no step was made.
+    """Write the page about the run in ``out_dir`` from its metrics.jsonl; none where no step was made.
 
     Args:
         out_dir: where the run lies.
         arguments: what the run was started with, as in run.yaml.
         max_steps: how many steps there are to be.
     """
-    records = [json.loads(line) for line in (out_dir / METRICS).read_text().splitlines()]
+    metrics = out_dir / METRICS
+    records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     if not records:
         return
     losses, val = _values(records, "loss"), _values(records, "val_loss")

@@ -1,16 +1,12 @@
-"""The process: device, precision, signals, memory. All that touches Lightning Fabric before the loop."""
+"""The processes: device, precision, signals, what they tell each other. All of Lightning Fabric before the loop."""
 
 from __future__ import annotations  # Fabric, whose import takes three seconds, is named in signatures only
 
-import ctypes
 import os
-import resource
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from subprocess import Popen
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
@@ -20,18 +16,10 @@ from torch import nn
 
 from lit_sft.args import TrainArgs
 from lit_sft.errors import InputError, RunFailed, stops, words
+from lit_sft.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
-
-# what torch's library for a CPU's bfloat16 products (oneDNN) keeps for each shape it has met: 1,024 times of megabytes
-# by default, and rows have many lengths; read when the first product is computed
-os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-
-TIDY_HEAP = "MALLOC_MMAP_THRESHOLD_"
-"""The variable with which glibc's heap takes little more than what it holds, and more time."""
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 T = TypeVar("T")
 BASE_DTYPE = {
@@ -80,18 +68,6 @@ def launch(args: TrainArgs) -> Fabric:
     if fabric.world_size != args.devices:
         raise InputError(f"--devices {args.devices} was asked for, but {fabric.world_size} processes run")
     return fabric
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one, unless the user has told it what to do.
-
-    Left alone it maps each tensor of 32 MB and more anew, gives it back once freed, and trims its heap: the system then
-    clears hundreds of thousands of pages a step, which took 5 to 10 % of a small model's time.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if TIDY_HEAP not in os.environ and hasattr(libc, "mallopt"):  # which musl, for one, lacks
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def precision(fabric: Fabric) -> str:
@@ -157,38 +133,6 @@ def on_first(fabric: Fabric, action: Callable[[], T]) -> T:
     if refusal:
         raise InputError(refusal)
     return result
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: allocated on the GPU, resident in this process otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def resident_memory() -> int:
-    """Bytes of this process in memory now; where the system does not say, the most there were."""
-    pages = Path("/proc/self/statm")
-    if pages.is_file():
-        return int(pages.read_text().split()[1]) * resource.getpagesize()
-    return peak_memory(torch.device("cpu"))
-
-
-def free_memory(device: str) -> int:
-    """Bytes that this process may come to hold: what is free on a GPU; elsewhere its own and 9/10 of those free."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    free, meminfo, group = 2**63, Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if meminfo.is_file():
-        values = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        free = int(values["MemAvailable"].split()[0]) * 1024
-    elif hasattr(os, "sysconf"):
-        free = os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
-    used, limit = group / "memory.current", group / "memory.max"  # a container's own limit
-    if used.is_file() and limit.is_file() and limit.read_text().strip().isdecimal():
-        free = min(free, max(0, int(limit.read_text()) - int(used.read_text())))
-    return resident_memory() + free * 9 // 10
 
 
 class StopSignals:

@@ -84,6 +84,7 @@ def test_few_steps(losses: list[float | None], tmp_path: Path) -> None:
 
 
 def test_without_a_step_there_is_no_page(tmp_path: Path) -> None:
+    write_run_report(tmp_path, {}, 10)
     (tmp_path / "metrics.jsonl").touch()
     write_run_report(tmp_path, {}, 10)
     assert not (tmp_path / "report.html").exists()

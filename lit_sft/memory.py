@@ -1,0 +1,62 @@
+"""What this process holds and may come to hold, and how little its libraries make of it."""
+
+import ctypes
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+# what torch's library for a CPU's bfloat16 products (oneDNN) keeps for each shape it has met: 1,024 times of megabytes
+# by default, and rows have many lengths; read when the first product is computed
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+TIDY_HEAP = "MALLOC_MMAP_THRESHOLD_"
+"""The variable with which glibc's heap takes little more than what it holds, and more time."""
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one, unless the user has told it what to do.
+
+    Left alone it maps each tensor of 32 MB and more anew, gives it back once freed, and trims its heap: the system then
+    clears hundreds of thousands of pages a step, which took 5 to 10 % of a small model's time.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if TIDY_HEAP not in os.environ and hasattr(libc, "mallopt"):  # which musl, for one, lacks
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: allocated on the GPU, resident in this process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_memory() -> int:
+    """Bytes of this process in memory now; where the system does not say, the most there were."""
+    pages = Path("/proc/self/statm")
+    if pages.is_file():
+        return int(pages.read_text().split()[1]) * resource.getpagesize()
+    return peak_memory(torch.device("cpu"))
+
+
+def free_memory(device: str) -> int:
+    """Bytes that this process may come to hold: what is free on a GPU; elsewhere its own and 9/10 of those free."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    free, meminfo, group = 2**63, Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if meminfo.is_file():
+        values = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        free = int(values["MemAvailable"].split()[0]) * 1024
+    elif hasattr(os, "sysconf"):
+        free = os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
+    used, limit = group / "memory.current", group / "memory.max"  # a container's own limit
+    if used.is_file() and limit.is_file() and limit.read_text().strip().isdecimal():
+        free = min(free, max(0, int(limit.read_text()) - int(used.read_text())))
+    return resident_memory() + free * 9 // 10
