@@ -29,11 +29,11 @@ class Chart(NamedTuple):
     """Curves over the steps of a run, on one scale."""
 
     title: str
-    low: float
-    high: float
-    first: float
+    low: str
+    high: str
+    first: str
     """Of the first curve, as is the next."""
-    last: float
+    last: str
     lines: list[Line]
     spikes: list[tuple[float, float, str]]
     """x, y and what to say of it."""
@@ -109,7 +109,11 @@ def _chart(title: str, records: list[dict], curves: dict[str, Points], spikes: l
     lines = [Line(kind, [place(*point) for point in points]) for kind, points in curves.items()]
     marks = [(*place(r["step"], r["loss"]), f"step {r['step']}: {r['loss']:.4f}") for r in spikes[:N_LISTED]]
     shown = next(iter(curves.values()))
-    return Chart(title, low, high, shown[0][1], shown[-1][1], lines, marks)
+    return Chart(title, *map(_words, (low, high, shown[0][1], shown[-1][1])), lines, marks)
+
+
+def _words(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _across(records: list[dict], step: float) -> float:
