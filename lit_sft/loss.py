@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 CHUNK_ROWS = 256  # of logits alive at once, at least; more where these are fewer elements:
-CPU_LOGITS = 25 * 2**20  # so that its products have the rows they are fast with
+CPU_LOGITS = 25 * 2**20  # of long rows, so that its products have the rows they are fast with
 CUDA_LOGITS = 2**26  # fewer, larger products and kernels
 STRIP_ROWS = 16  # of a chunk, what a CPU's cache holds while softmax reads and writes it
 
@@ -29,16 +29,15 @@ def cross_entropy_sum(
     return _ChunkedCrossEntropy.apply(head, labels, counts, softcap, torch.is_grad_enabled(), hidden, *trainable)
 
 
-def chunk_rows(n_labels: int, vocab_size: int, cuda: bool = False) -> tuple[int, int]:
-    """Rows of logits to make at once, and rows of the buffer that they are made in.
+def chunk_rows(n_labels: int, vocab_size: int, cuda: bool = False) -> int:
+    """Rows of logits to make at once: all chunks alike, since a small rest takes a slow product.
 
-    All chunks are alike, since a small rest takes a slow product: on two cores, 50,304 × 256 in fp32, forward and
-    backward in GFLOP/s, 128 rows 115 and 155, 256 rows 137 and 166, 512 rows 148 and 182. Buffers are of few sizes, so
-    that one finds room where the last one was; of what is not used the system holds nothing.
+    On two cores, 50,304 × 256 in fp32, forward and backward in GFLOP/s: 256 rows 137 and 166, 512 rows 148 and 182. On
+    a CPU only an eighth of a packed row is made at once all the same: short rows are there to save memory.
     """
-    most = max(CHUNK_ROWS, (CUDA_LOGITS if cuda else CPU_LOGITS) // vocab_size)
-    n_chunks = max(1, -(-n_labels // most))
-    return max(1, -(-n_labels // n_chunks)), min(most, 1 << max(0, n_labels - 1).bit_length())
+    most = max(CHUNK_ROWS, CUDA_LOGITS // vocab_size if cuda else min(CPU_LOGITS // vocab_size, n_labels // 8))
+    n_chunks = -(-n_labels // most)
+    return -(-n_labels // n_chunks) if n_chunks else most
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -61,8 +60,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
-        n_rows, n_buffer = chunk_rows(len(labels), head.out_features, hidden.is_cuda)
-        buffer = hidden.new_empty(n_buffer, head.out_features) if plain else None
+        n_rows = chunk_rows(len(labels), head.out_features, hidden.is_cuda)
+        buffer = hidden.new_empty(min(n_rows, len(labels)), head.out_features) if plain else None
         for start in range(0, len(labels), n_rows):
             rows = slice(start, start + n_rows)
             if plain:
