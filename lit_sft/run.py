@@ -134,8 +134,9 @@ def open_run(args: TrainArgs, shards: Shards, fabric: Fabric) -> Iterator[Path |
                 _forget_unstarted(Path(args.out_dir))
             raise
         except (Interrupted, RunFailed):
-            if fabric.is_global_zero:
-                _report(args)
+            with suppress(OSError):  # what the run ends with matters more
+                if fabric.is_global_zero:
+                    _report(args)
             raise
 
 

@@ -56,7 +56,6 @@ def write_run_report(out_dir: Path, arguments: dict, max_steps: int) -> None:
     context = {
         "name": out_dir.name,
         "arguments": arguments,
-        "n_steps": len(records),
         "last_step": records[-1]["step"],
         "max_steps": max_steps,
         "n_tokens": sum(r["n_tokens"] for r in records),

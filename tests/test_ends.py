@@ -236,3 +236,18 @@ def test_the_undisturbed_runs_are_whole(world: Path) -> None:
         records, weights = result(world / f"whole-{recipe}", recipe)
         assert [r["step"] for r in records] == [1, 2, 3, 4] and weights and RECIPES[recipe]
         assert json.loads((world / f"whole-{recipe}/checkpoints/step-00000004/state.json").read_text())["step"] == 4
+
+
+def test_a_page_that_cannot_be_written_changes_nothing_of_how_a_run_ends(world: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+
+    def work() -> None:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        run.write_run_report = full
+        signalled(loop, "train_step", 2, signal.SIGTERM)
+        train(world, "lora", out, **SHORT)
+
+    assert fork(work, log) == 143, log.read_text()
+    assert "stopped by" in log.read_text() and list(out.glob("checkpoints/step-*"))
