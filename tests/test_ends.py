@@ -184,7 +184,7 @@ def test_a_disk_that_takes_nothing(what: str, fault: int, inputs: Path, tmp_path
 # --- a process of two dies ---
 
 
-TIMEOUT = 6  # seconds
+TIMEOUT = 25  # seconds, in which two processes must also have met
 
 
 @pytest.mark.slow
@@ -196,7 +196,7 @@ def test_a_dead_or_hung_process_ends_the_others(which: str, number: int, world: 
     out = tmp_path / "out"
     argv = [sys.executable, "finetune/lora.py", f"--data_dir={world / 'data'}", f"--out_dir={out}", "--device=cpu"]
     argv += ["--devices=2", "--global_batch_size=8", "--max_steps=100000", "--epochs=null", "--save_interval=3"]
-    argv += [f"--timeout_minutes={TIMEOUT / 60}"]
+    argv += [f"--timeout_minutes={TIMEOUT / 60}"] if number == signal.SIGSTOP else []
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("w") as log:
         first = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=log)
