@@ -70,6 +70,7 @@ def test_a_signal_at_any_phase(phase: str, number: int, recipe: str, world: Path
     out, log = tmp_path / "out", tmp_path / "log"
 
     def work() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
         signalled(*PHASES[phase], number)
         train(world, recipe, out, **SHORT)
 

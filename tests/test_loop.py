@@ -268,6 +268,7 @@ def test_a_run_learns_and_leaves_what_it_promises(data: tuple[Path, Path], tmp_p
         "adapter",
         "checkpoints",
         "metrics.jsonl",
+        "report.html",
         "run.yaml",
         "inputs.json",
         "DONE",
