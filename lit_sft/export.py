@@ -146,6 +146,9 @@ def _generation_config(source: Source, config: dict) -> dict:
     kept = read_json(path) if path.is_file() else {name: config[name] for name in names if config.get(name) is not None}
     known = kept.get("eos_token_id")
     known = known if isinstance(known, list) else [known] * (known is not None)
+    if not all(type(i) is int for i in known):
+        where = path if path.is_file() else path.with_name(HF_CONFIG)
+        raise InputError(f"{where}: eos_token_id {kept['eos_token_id']!r} is no token id and no list of them; mend it")
     if more := sorted(set(source.facts.get("stop_ids", ())) - set(known)):
         ends = [*known, *more]
         kept["eos_token_id"] = ends if len(ends) > 1 else ends[0]

@@ -38,6 +38,8 @@ def next_token(
     if top_k is not None:
         logits, order = logits[:top_k], order[:top_k]
     probabilities = logits.softmax(-1)
+    if not probabilities.isfinite().all():
+        raise InputError("the model's logits are not finite: its weights are damaged, or overflow in its dtype")
     before = probabilities.cumsum(-1) - probabilities  # the mass of the likelier ones
     probabilities = torch.where(before < top_p, probabilities, 0.0)
     return int(order[torch.multinomial(probabilities.cpu(), 1, generator=generator).to(order.device)])

@@ -98,6 +98,21 @@ def test_what_full_fine_tuning_saves_is_exported(tmp_path: Path) -> None:
     assert facts["prompt_style"] == "hermes" and facts["family"] == "GPT-NeoX"
 
 
+@pytest.mark.parametrize("ends", [{}, [[2]], "2", [True]])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_end_tokens_that_are_no_ids_are_refused(
+    name: str, ends: object, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = checkpoint()
+    config = json.loads((base / name).read_text()) if (base / name).is_file() else {}
+    if name == "config.json":
+        (base / "generation_config.json").unlink(missing_ok=True)
+    (base / name).write_text(json.dumps(config | {"eos_token_id": ends}))
+    with pytest.raises(InputError, match=rf"{name}: eos_token_id .* is no token id"):
+        exported(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_directory_is_complete(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """transformers' own tokenizer, chat template and generation settings, from the exported directory alone."""
     from tokenizers import ByteLevelBPETokenizer

@@ -56,6 +56,11 @@ def test_temperature_zero_takes_the_likeliest() -> None:
     assert next_token(torch.tensor([0.1, 3.0, 2.9]), 0.0, None, 1.0, None) == 1
 
 
+def test_logits_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(InputError, match="not finite"):
+        next_token(torch.tensor([0.1, float("nan"), 2.9]), 1.0, None, 1.0, torch.Generator())
+
+
 def test_it_ends_at_the_context_and_refuses_prompts_that_fill_it(tmp_path: Path) -> None:
     make_hf_llama(tmp_path, max_position_embeddings=32)
     model = load_model(convert_checkpoint(ConvertArgs(checkpoint_dir=str(tmp_path))))
