@@ -44,9 +44,10 @@ def make_inputs(folder: Path, shape: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from demo.make_checkpoint import train_tokenizer
-    from lit_sft.args import ConvertArgs, PrepareArgs
+    from lit_sft.args import ConvertArgs
     from lit_sft.convert import convert_checkpoint
     from lit_sft.prepare import prepare
+    from lit_sft.prepare_args import PrepareArgs
     from lit_sft.rows import Columns
 
     model_type, hidden, layers, heads, intermediate, vocabulary = SHAPES[shape]

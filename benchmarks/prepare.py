@@ -43,8 +43,8 @@ ALPACA = (
 
 def run_lit_sft(data_file: Path, checkpoint_dir: Path, num_workers: int) -> dict:
     """The whole command: checks, tokens, shards, hashes."""
-    from lit_sft.args import PrepareAlpacaArgs
     from lit_sft.prepare import prepare
+    from lit_sft.prepare_args import PrepareAlpacaArgs
     from lit_sft.rows import Columns
 
     os.chdir(data_file.parent)

@@ -134,10 +134,11 @@ def make_inputs(folder: Path, shape: str, args: argparse.Namespace, python: Path
     """Checkpoint, shards, and the same examples as lists for the others, in folder/steps.json."""
     from lengths import made_up_rows, write_tokenizer
 
-    from lit_sft.args import ConvertArgs, PrepareArgs
+    from lit_sft.args import ConvertArgs
     from lit_sft.batches import TrainSteps
     from lit_sft.convert import convert_checkpoint
     from lit_sft.prepare import prepare
+    from lit_sft.prepare_args import PrepareArgs
     from lit_sft.shards import Shards
 
     checkpoint, data_file = folder / "checkpoint", args.data_file

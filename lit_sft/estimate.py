@@ -15,7 +15,7 @@ from lit_sft.generate import SAMPLE_TOKENS, generate
 from lit_sft.live_bytes import LiveBytes
 from lit_sft.loop import train_step, validate
 from lit_sft.lora import apply_lora
-from lit_sft.loss import chunk_rows
+from lit_sft.loss import CHUNKS, chunk_rows
 from lit_sft.model import GPT
 from lit_sft.optim import build_optimizer, master_parameters
 from lit_sft.quantize import is_quantized, place_quantized, quantized
@@ -80,8 +80,8 @@ def _shallow(config: ModelConfig, n_layer: int) -> ModelConfig:
 def _measure(args: TrainArgs, config: ModelConfig, row: Row) -> Memory:
     named = args.precision if args.precision != "16-mixed" else "bf16-mixed"  # a CPU knows no other; bytes are alike
     fabric = Fabric(accelerator="cpu", devices=1, precision=named)
-    # the loss goes chunk by chunk, all alike: sixteen of them are computed, which are made as they were
-    few = slice(16 * chunk_rows(len(row.labels), config.vocab_size))
+    # the loss goes chunk by chunk, all alike: no more are computed than tell how large they are
+    few = slice(CHUNKS * chunk_rows(len(row.labels), config.vocab_size))
     row = replace(row, labels=row.labels[few], counts=None if row.counts is None else row.counts[few])
     n_tokens = row.input_ids.numel()
     step = Step(1, 1, row.examples, [row], row.n_labels, n_tokens)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 CHUNK_ROWS = 256  # of logits alive at once, at least; more where these are fewer elements:
 CPU_LOGITS = 25 * 2**20  # of long rows, so that its products have the rows they are fast with
 CUDA_LOGITS = 2**26  # fewer, larger products and kernels
+CHUNKS = 8  # of a long row on a CPU, at least: short rows are there to save memory
 STRIP_ROWS = 16  # of a chunk, what a CPU's cache holds while softmax reads and writes it
 
 
@@ -32,10 +33,10 @@ def cross_entropy_sum(
 def chunk_rows(n_labels: int, vocab_size: int, cuda: bool = False) -> int:
     """Rows of logits to make at once: all chunks alike, since a small rest takes a slow product.
 
-    On two cores, 50,304 × 256 in fp32, forward and backward in GFLOP/s: 256 rows 137 and 166, 512 rows 148 and 182. On
-    a CPU only an eighth of a packed row is made at once all the same: short rows are there to save memory.
+    On two cores, 50,304 × 256 in fp32, forward and backward in GFLOP/s: 256 rows 137 and 166, 512 rows 148 and 182.
+    Of the first CHUNKS such chunks alone, as many rows are made at once as of all.
     """
-    most = max(CHUNK_ROWS, CUDA_LOGITS // vocab_size if cuda else min(CPU_LOGITS // vocab_size, n_labels // 8))
+    most = max(CHUNK_ROWS, CUDA_LOGITS // vocab_size if cuda else min(CPU_LOGITS // vocab_size, n_labels // CHUNKS))
     n_chunks = -(-n_labels // most)
     return -(-n_labels // n_chunks) if n_chunks else most
 

@@ -1,6 +1,5 @@
-"""What this process holds and may come to hold, and how little its libraries make of it."""
+"""What this process holds in memory, held, and may come to hold."""
 
-import ctypes
 import os
 import resource
 import sys
@@ -8,26 +7,8 @@ from pathlib import Path
 
 import torch
 
-# what torch's library for a CPU's bfloat16 products (oneDNN) keeps for each shape it has met: 1,024 times of megabytes
-# by default, and rows have many lengths; read when the first product is computed
-os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-
 TIDY_HEAP = "MALLOC_MMAP_THRESHOLD_"
 """The variable with which glibc's heap takes little more than what it holds, and more time."""
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one, unless the user has told it what to do.
-
-    Left alone it maps each tensor of 32 MB and more anew, gives it back once freed, and trims its heap: the system then
-    clears hundreds of thousands of pages a step, which took 5 to 10 % of a small model's time.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if TIDY_HEAP not in os.environ and hasattr(libc, "mallopt"):  # which musl, for one, lacks
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lit_sft.args import PrepareArgs
 from lit_sft.errors import InputError
 from lit_sft.hub_datasets import HubDataset
+from lit_sft.prepare_args import PrepareArgs
 from lit_sft.readers import READERS, file_rows
 from lit_sft.rows import Columns, Malformed, listed
 from lit_sft.sources import SampleStream

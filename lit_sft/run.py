@@ -45,8 +45,7 @@ FREE = {
     "debug", "out_dir", "resume", "device", "devices", "micro_batch_size", "micro_batch_tokens", "max_time",
     "eval_interval", "save_interval", "save_minutes", "keep_last", "keep_best", "on_nonfinite", "sample_prompt",
     "checkpoint_dir", "data_dir", "max_iters", "epochs", "share_prefix", "activation_checkpointing", "compile",
-    "hardware", "threads", "torch", "lit_sft", "estimate", "rehearse",
-    "timeout_minutes",
+    "hardware", "threads", "torch", "lit_sft", "estimate", "rehearse", "timeout_minutes",
 }  # fmt: skip
 # those of them that move the last bits
 PLACES = (

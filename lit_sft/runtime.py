@@ -16,10 +16,14 @@ from torch import nn
 
 from lit_sft.args import TrainArgs
 from lit_sft.errors import InputError, RunFailed, stops, words
-from lit_sft.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+# what torch's library for a CPU's bfloat16 products (oneDNN) keeps for each shape it has met: 1,024 times of megabytes
+# by default, and rows have many lengths; read when the first product is computed
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 T = TypeVar("T")
 BASE_DTYPE = {
@@ -62,8 +66,6 @@ def launch(args: TrainArgs) -> Fabric:
     strategy = "auto" if args.devices == 1 else DDPStrategy(timeout=timedelta(minutes=args.timeout_minutes))
     fabric = Fabric(accelerator=device, devices=args.devices, strategy=strategy, precision=precision)
     fabric.launch()
-    if device == "cpu":
-        keep_freed_memory()
     started.extend(getattr(fabric.strategy.launcher, "procs", ()))
     if fabric.world_size != args.devices:
         raise InputError(f"--devices {args.devices} was asked for, but {fabric.world_size} processes run")

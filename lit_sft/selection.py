@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lit_sft.args import PrepareArgs
 from lit_sft.errors import InputError
 from lit_sft.measures import SCHEME
 from lit_sft.mixing import MixedSource
+from lit_sft.prepare_args import PrepareArgs
 
 
 @dataclass(frozen=True)

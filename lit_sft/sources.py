@@ -6,9 +6,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lit_sft.args import PrepareArgs, PrepareCSVArgs
 from lit_sft.errors import InputError
 from lit_sft.hub_datasets import HubDataset, hub_rows
+from lit_sft.prepare_args import PrepareArgs, PrepareCSVArgs
 from lit_sft.prompts import Sample, with_system
 from lit_sft.readers import file_rows
 from lit_sft.rows import FLAGS, Columns, Malformed, Row, format_of, listed, recognise, turns_of

@@ -5,8 +5,8 @@ From the Hub, or a file or address of its format. Libre is CC0, the others are C
 
 from dataclasses import replace
 
-from lit_sft.args import PrepareAlpacaArgs
 from lit_sft.cli import run
+from lit_sft.prepare_args import PrepareAlpacaArgs
 
 HUB = {"cleaned": "yahma/alpaca-cleaned", "original": "tatsu-lab/alpaca", "gpt4": "vicgalle/alpaca-gpt4"}
 LIBRE = "https://raw.githubusercontent.com/mobarski/alpaca-libre/main/data/output/alpaca_libre_ok_tasks_v4.json"

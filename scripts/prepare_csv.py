@@ -5,8 +5,8 @@ A file, its address, or a dataset on the Hub:
 python scripts/prepare_csv.py --csv_path MyDataset.csv --checkpoint_dir checkpoints/ORG/MODEL
 """
 
-from lit_sft.args import PrepareCSVArgs
 from lit_sft.cli import run
+from lit_sft.prepare_args import PrepareCSVArgs
 
 
 def main(args: PrepareCSVArgs) -> None:

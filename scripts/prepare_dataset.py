@@ -7,8 +7,8 @@ the --*_column flags map any others.
 
 from pathlib import Path
 
-from lit_sft.args import PrepareDatasetArgs
 from lit_sft.cli import run
+from lit_sft.prepare_args import PrepareDatasetArgs
 
 
 def main(args: PrepareDatasetArgs) -> None:

@@ -3,8 +3,8 @@
 Its context becomes the input. The data are CC BY-SA 3.0.
 """
 
-from lit_sft.args import PrepareDollyArgs
 from lit_sft.cli import run
+from lit_sft.prepare_args import PrepareDollyArgs
 
 
 def main(args: PrepareDollyArgs) -> None:

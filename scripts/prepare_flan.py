@@ -5,8 +5,8 @@
 
 from dataclasses import replace
 
-from lit_sft.args import PrepareFlanArgs
 from lit_sft.cli import run
+from lit_sft.prepare_args import PrepareFlanArgs
 
 
 def main(args: PrepareFlanArgs) -> None:

@@ -3,8 +3,8 @@
 First turns only, unless --include_multiturn_conversations true. The data are CC BY-NC-SA or stricter.
 """
 
-from lit_sft.args import PrepareLimaArgs
 from lit_sft.cli import run
+from lit_sft.prepare_args import PrepareLimaArgs
 
 
 def main(args: PrepareLimaArgs) -> None:

@@ -4,8 +4,8 @@ Upstream's splits are kept: its validation split is val, its test split is not r
 the file of the val split; without it one is drawn.
 """
 
-from lit_sft.args import PrepareLongFormArgs
 from lit_sft.cli import run
+from lit_sft.prepare_args import PrepareLongFormArgs
 
 
 def main(args: PrepareLongFormArgs) -> None:

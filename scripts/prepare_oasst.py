@@ -6,8 +6,8 @@ From the Hub (oasst1), or a file: rows of single messages (.parquet, .jsonl) or 
 
 from functools import partial
 
-from lit_sft.args import PrepareOASSTArgs
 from lit_sft.cli import run
+from lit_sft.prepare_args import PrepareOASSTArgs
 
 
 def main(args: PrepareOASSTArgs) -> None:

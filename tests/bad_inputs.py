@@ -315,7 +315,11 @@ def fuzz(world: Path, seconds: float, seed: int, kept: Path) -> tuple[dict, list
 
 
 def _known(target: str, found: End) -> bool:
-    """A damaged state is set aside, under a name of its own, as it must be; nothing else may change."""
-    if found.code == 1 and re.search(r"the update was not made, saved|nothing was written$", found.text.strip()):
-        return True  # weights or settings that are in order, and compute what is not finite
+    """Whether what ``judge`` complains of is what must happen.
+
+    A damaged state is set aside, under a name of its own; nothing else may change. A file that is in order, and
+    computes what is not finite, ends a run or a merge with exit code 1 and a word on what was saved.
+    """
+    if found.problem == "exit code 1":
+        return bool(re.search(r"^error: .*(the update was not made, saved|nothing was written$)", found.text, re.M))
     return target == "resume" and bool(re.fullmatch(r"(left over|changed): \[.*\.bad-step.*\]", found.problem or ""))

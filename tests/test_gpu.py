@@ -158,8 +158,8 @@ def test_a_quantized_model_has_nearly_the_loss(
     checkpoint: Callable[..., Path], tmp_path: Path, device: str, kind: str, most: float
 ) -> None:
     base = checkpoint("wide", hidden_size=128, intermediate_size=256, initializer_range=0.09)
-    from lit_sft.args import PrepareArgs
     from lit_sft.prepare import prepare
+    from lit_sft.prepare_args import PrepareArgs
     from lit_sft.rows import Columns
 
     args = PrepareArgs(checkpoint_dir=str(base), destination_path=str(tmp_path / "data"), val_split_fraction=0)

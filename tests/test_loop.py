@@ -18,7 +18,7 @@ from test_lora import filled_adapter, to_peft
 
 from finetune import full, lora
 from lit_sft import load_model
-from lit_sft.args import ConvertArgs, FullTrainArgs, LoRAArgs, LoRATrainArgs, PrepareArgs
+from lit_sft.args import ConvertArgs, FullTrainArgs, LoRAArgs, LoRATrainArgs
 from lit_sft.atomic import Manifest
 from lit_sft.batches import TrainSteps, ValRows
 from lit_sft.checkpoint import load_adapter
@@ -28,6 +28,7 @@ from lit_sft.loop import accumulate_gradients, train_step, validate
 from lit_sft.lora import apply_lora, lora_state_dict
 from lit_sft.optim import build_optimizer, lr_schedule, master_parameters
 from lit_sft.prepare import prepare
+from lit_sft.prepare_args import PrepareArgs
 from lit_sft.rows import Columns
 from lit_sft.runtime import launch
 from lit_sft.shards import Shards

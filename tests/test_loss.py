@@ -68,6 +68,7 @@ def test_chunks_are_alike_and_their_logits_bounded(n: int, vocab_size: int) -> N
     for cuda, elements in ((False, loss.CPU_LOGITS), (True, loss.CUDA_LOGITS)):
         rows = loss.chunk_rows(n, vocab_size, cuda)
         assert rows >= 1 and (rows <= loss.CHUNK_ROWS or rows * vocab_size <= elements)
+        assert cuda or loss.chunk_rows(min(n, loss.CHUNKS * rows), vocab_size) == rows, "as --estimate has it"
         assert rows * -(-n // rows) - n < max(1, -(-n // rows)), "the last chunk is short by less than a row each"
 
 

@@ -717,9 +717,9 @@ def test_the_guide_shows_pictures_that_are_there_and_small():
 
 
 def test_prepare_writes_the_page_and_shows(tmp_path, checkpoint, capsys):
-    from lit_sft.args import PrepareCSVArgs
     from lit_sft.atomic import Manifest
     from lit_sft.prepare import prepare
+    from lit_sft.prepare_args import PrepareCSVArgs
     from lit_sft.rows import Columns
 
     source = tmp_path / "a.csv"

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_sft.args import PrepareArgs
 from lit_sft.errors import InputError
 from lit_sft.measures import measure, signatures
 from lit_sft.mixing import MixedSource
+from lit_sft.prepare_args import PrepareArgs
 from lit_sft.prompts import Message
 from lit_sft.selection import Selection, select, split_size
 from lit_sft.spool import ROW

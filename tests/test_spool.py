@@ -16,12 +16,13 @@ from conftest import ROOT, make_hf_llama
 
 import lit_sft.spool
 from lit_sft import cli, errors
-from lit_sft.args import ConvertArgs, PrepareArgs
+from lit_sft.args import ConvertArgs
 from lit_sft.convert import convert_checkpoint
 from lit_sft.errors import InputError, Interrupted
 from lit_sft.hub_datasets import HubDataset
 from lit_sft.mixing import read_mix, read_scores, with_flags
 from lit_sft.prepare import prepare, prepare_mix
+from lit_sft.prepare_args import PrepareArgs
 from lit_sft.rows import Columns
 from lit_sft.shards import Shards
 from lit_sft.sources import Reshaped, SampleStream
@@ -211,7 +212,7 @@ if __name__ == "__main__":
     import lit_sft.shards, lit_sft.spool
     from multiprocessing import active_children
     from pathlib import Path
-    from lit_sft.args import PrepareArgs
+    from lit_sft.prepare_args import PrepareArgs
     from lit_sft.prepare import prepare
     from lit_sft.rows import Columns
 
