@@ -112,8 +112,11 @@ def surroundings() -> dict:
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     flags = set(Path("/proc/cpuinfo").read_text().split()) & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    outside = re.compile(r"^(/|\.\./).*/")  # where things lie on one machine is of no use on another
     return {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(
+            ["python", f"benchmarks/{Path(sys.argv[0]).name}", *(outside.sub("", a) for a in sys.argv[1:])]
+        ),
         "commit": commit.strip(),
         "cpu": cpu[1] if cpu else platform.processor(),
         "cpu_flags": sorted(flags),

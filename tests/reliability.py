@@ -278,6 +278,8 @@ def fail_operations(world: Path, every: int) -> tuple[dict, list[str]]:
                         continue
                 if problem := difference(out_dir, recipe, expected):
                     problems.append(f"{recipe}, operation {nth}, {fault}: {problem}")
+            if i % 50 == 49:
+                tell({"faults so far": {"recipe": recipe, "operation": f"{nth} of {n_operations}", **counts}})
         counts[f"operations of {recipe}"] = n_operations
     return dict(counts), problems
 
