@@ -1,7 +1,6 @@
 """Whether a directory still is what the toolkit wrote: every size, hash, count and fingerprint, read again."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from lit_sft.layout import (
     STATES_DIR,
     read_json,
 )
+from lit_sft.metrics import read_record
 from lit_sft.shards import KIND, Shards
 from lit_sft.weights import CHECKPOINT
 
@@ -175,11 +175,11 @@ def _metrics(directory: Path, states: list[Path]) -> str:
     path, last = directory / METRICS, 0
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            step = read_record(line)["step"]
+        except (ValueError, RecursionError) as error:
             if not line.endswith(b"\n"):
                 break  # a kill cut it; the run leaves it out when it goes on
-            raise InputError(f"line {number} is no record of a step") from None
+            raise InputError(f"line {number}: {error}") from None
         if step != last + 1:
             raise InputError(f"line {number} is of step {step}; step {last + 1} was to come")
         last = step

@@ -16,6 +16,10 @@ from lit_sft.layout import METRICS
 
 PLAIN_INTERVAL = 10.0  # seconds between lines where the output is no terminal
 SPIKE_WINDOW, SPIKE_LEAST, SPIKE_SIGMAS = 50, 20, 6.0
+LEAST = {"step": 1, "epoch": 1, "n_labels": 0, "n_tokens": 1, "peak_mem_bytes": 0}  # of a record's fields; of counts
+LEAST |= dict.fromkeys(("lr", "tokens_per_s", "padding_share", "seconds"), 0.0)
+NULLABLE = ("loss", "grad_norm", "val_loss")  # null where it was not finite; the last only where it was measured
+MOST = 1e39  # more than fp32 holds, little enough to reckon with
 
 
 def is_spike(loss: float, before: list[float]) -> bool:
@@ -29,6 +33,23 @@ def is_spike(loss: float, before: list[float]) -> bool:
     middle = median(before)
     deviation = 1.4826 * median(abs(x - middle) for x in before)
     return loss > middle + max(SPIKE_SIGMAS * deviation, 0.1 * abs(middle))
+
+
+def read_record(line: bytes) -> dict:
+    """One line of metrics.jsonl; ValueError where it is no record of a step."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError("it is no record of a step")
+    for name in (*LEAST, *NULLABLE):
+        least, value = LEAST.get(name, -MOST), record.get(name)
+        if name not in record and name != "val_loss":
+            raise ValueError(f"it has no {name}")
+        if value is None and name in NULLABLE:
+            continue
+        kinds = (int,) if type(least) is int else (int, float)
+        if type(value) not in kinds or not least <= value <= MOST:
+            raise ValueError(f"its {name} is {value!r:.40}")
+    return record
 
 
 def shown(loss: float | None) -> str:
@@ -56,12 +77,12 @@ class Metrics:
         kept, damage = [], "it ends there"
         for line in self.path.read_bytes().splitlines(keepends=True):
             try:
-                record = json.loads(line)
+                record = read_record(line)
                 step = record["step"]
-                if not line.endswith(b"\n") or type(step) is not int or (kept and step != kept[-1]["step"] + 1):
+                if not line.endswith(b"\n") or (kept and step != kept[-1]["step"] + 1):
                     raise ValueError("another step")
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                damage = repr(error)  # a kill may have cut the last line, a loss of power more than that
+            except (ValueError, RecursionError) as error:
+                damage = str(error)  # a kill may have cut the last line, a loss of power more than that
                 break
             if step > done:
                 return kept

@@ -133,7 +133,7 @@ def open_run(args: TrainArgs, shards: Shards, fabric: Fabric) -> Iterator[Path |
                 _forget_unstarted(Path(args.out_dir))
             raise
         except (Interrupted, RunFailed):
-            with suppress(OSError):  # what the run ends with matters more
+            with suppress(OSError, ValueError):  # what the run ends with matters more
                 if fabric.is_global_zero:
                     _report(args)
             raise

@@ -1,6 +1,5 @@
 """The page about a run: how its loss went, what validation said, what went wrong on the way."""
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
@@ -8,6 +7,7 @@ from typing import NamedTuple
 
 from lit_sft.atomic import write_atomically
 from lit_sft.layout import METRICS, REPORT
+from lit_sft.metrics import read_record
 from lit_sft.report import render
 
 N_POINTS = 400  # of a curve, at most: of more steps, means
@@ -48,11 +48,11 @@ def write_run_report(out_dir: Path, arguments: dict, max_steps: int) -> None:
         max_steps: how many steps there are to be.
     """
     metrics = out_dir / METRICS
-    records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    records = [read_record(line) for line in metrics.read_bytes().splitlines()] if metrics.is_file() else []
     if not records:
         return
     losses, val = _values(records, "loss"), _values(records, "val_loss")
-    spikes = [r for r in records if r.get("spike")]
+    spikes = [r for r in records if r.get("spike") and r["loss"] is not None]
     context = {
         "name": out_dir.name,
         "arguments": arguments,

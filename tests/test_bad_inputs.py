@@ -61,6 +61,18 @@ def tokenizer_json(text: str, where: str = "base") -> Spoil:
     return spoil
 
 
+def record(step: int, **changes: object) -> Spoil:
+    """Fields of one line of metrics.jsonl set, or taken away."""
+
+    def spoil() -> None:
+        path = Path("cut/metrics.jsonl")
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records[step - 1] = {k: v for k, v in (records[step - 1] | changes).items() if v is not ...}
+        path.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+    return spoil
+
+
 def both(*spoils: Spoil) -> Spoil:
     return lambda: [spoil() for spoil in spoils] and None
 
@@ -224,6 +236,9 @@ BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
         ("other data", "resume", [], shard(first(9, "input_ids")), "data_fingerprint"),
         ("records missing", "resume", [], write("cut/metrics.jsonl", '{"step": 1, "loss": 1'), "metrics.jsonl"),
         ("records of a list", "resume", [], write("cut/metrics.jsonl", "[]\n"), "metrics.jsonl"),
+        ("a record without", "resume", [], record(2, n_tokens=...), "metrics.jsonl is damaged: after step 1"),
+        ("a record of a word", "resume", [], record(1, tokens_per_s="fast"), "its tokens_per_s is 'fast'"),
+        ("a record too large", "resume", [], record(2, seconds=10**400), "its seconds is 1000"),
         ("a newer state", "resume", [], edit(f"{STATE}/manifest.json", format_version=2), "newer than 1"),
         ("another step", "resume", [], edit(f"{STATE}/state.json", step="two"), "state.json"),
         ("no step", "resume", [], edit(f"{STATE}/state.json", step=...), "state.json"),

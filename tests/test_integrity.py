@@ -88,7 +88,7 @@ RUN_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a step is there twice": (lambda run: _lines(run, lambda lines: [*lines[:2], *lines[1:]]), "line 3 is of step 2"),
     "the first is missing": (lambda run: _lines(run, lambda lines: lines[1:]), "line 1 is of step 2; step 1"),
     "the last is missing": (lambda run: _lines(run, lambda lines: lines[:-1]), "state after step 4"),
-    "no record": (lambda run: _lines(run, lambda lines: ["[]", *lines]), "line 1 is no record"),
+    "no record": (lambda run: _lines(run, lambda lines: ["[]", *lines]), "line 1: it is no record"),
     "no records": (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl"),
     "the end is another": (lambda run: (run / "DONE").write_text("9 steps\n"), "DONE says '9 steps'"),
     "arguments cut": (lambda run: (run / "run.yaml").write_text("lora_r: [1"), "run.yaml: it is no YAML"),

@@ -21,6 +21,8 @@ from lit_sft.convert import source_weights
 from lit_sft.errors import InputError
 from lit_sft.families import find_family
 from lit_sft.layout import read_json
+from lit_sft.metrics import Metrics
+from lit_sft.run_report import write_run_report
 from lit_sft.tokenizer_config import TokenizerConfig
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -140,3 +142,18 @@ TOKENS |= {"added_tokens_decoder": {"3": {"content": "<a>", "special": True}}}
 @given(content=damaged(TOKENS))
 def test_a_tokenizers_config(tmp_path: Path, content: bytes) -> None:
     refuses_or_gives(tmp_path / "tokenizer_config.json", content, lambda: TokenizerConfig.from_dir(tmp_path))
+
+
+@QUICK
+@given(content=damaged({"step": 1, "epoch": 1, "loss": 2.5, "lr": 1e-3, "grad_norm": None, "n_labels": 3, "n_tokens": 4,
+                        "tokens_per_s": 9.5, "padding_share": 0.0, "peak_mem_bytes": 5, "seconds": 0.4, "spike": True,
+                        "val_loss": 2.25}))  # fmt: skip
+def test_a_record(tmp_path: Path, content: bytes) -> None:
+    """What a run goes on from can be drawn in its end."""
+
+    def read() -> bool:
+        Metrics(tmp_path, 1, 2, quiet=False).close()
+        write_run_report(tmp_path, {"checkpoint_dir": "base", "data_dir": "data"}, 2)
+        return True
+
+    refuses_or_gives(tmp_path / "metrics.jsonl", content + b"\n", read)
