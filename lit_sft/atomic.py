@@ -1,7 +1,6 @@
 """Files and directories that are complete or absent: write aside, fsync, rename, manifest last."""
 
 import errno
-import fcntl
 import glob
 import hashlib
 import json
@@ -19,7 +18,6 @@ from lit_sft.errors import InputError, NewerFormat
 from lit_sft.layout import MANIFEST
 
 FORMAT_VERSION = 1
-LOCK = ".lock"
 
 
 def fsync(path: Path) -> None:
@@ -94,7 +92,7 @@ def _alive(pid: int) -> bool:
 def _left_by_the_dead(path: Path, prefix: str) -> list[Path]:
     """What writers of ``path`` that were killed left beside it, under its name between ``prefix`` and their number."""
     found = path.parent.glob(f"{prefix}-{glob.escape(path.name)}-*")
-    return [f for f in found if (pid := f.name.rpartition("-")[2]).isdigit() and not _alive(int(pid))]
+    return [f for f in found if (pid := f.name.rpartition("-")[2]).isdecimal() and not _alive(int(pid))]
 
 
 @contextmanager
@@ -142,9 +140,12 @@ def renewing(directory: Path, pattern: str) -> Iterator[Path]:
     try:
         yield folder
         names = sorted((path.name for path in folder.iterdir()), key=lambda name: (name == MANIFEST, name))
+        old = {path.name for path in directory.glob(pattern)}
+        if odd := sorted(name for name in old.union(names) if (directory / name).is_dir()):
+            raise InputError(f"{directory / odd[0]} is a folder, and in the way of what is written; move it away")
         (directory / MANIFEST).unlink(missing_ok=True)
         fsync(directory)
-        for leftover in {path.name for path in directory.glob(pattern)} - set(names):
+        for leftover in old - set(names):
             (directory / leftover).unlink()
         for name in names:
             if name == MANIFEST:
@@ -158,7 +159,7 @@ def renewing(directory: Path, pattern: str) -> Iterator[Path]:
 def recover(dead: Path) -> None:
     """Give what was moved out of the way by a writer that died its name back, if nothing took its place since."""
     name, _, pid = dead.name.removeprefix(".dead-").rpartition("-")
-    if not name or not pid.isdigit() or _alive(int(pid)):
+    if not name or not pid.isdecimal() or _alive(int(pid)):
         return
     shutil.rmtree(dead) if dead.with_name(name).exists() else dead.rename(dead.with_name(name))
 
@@ -167,7 +168,12 @@ def discard(directory: Path) -> None:
     """Delete a directory; its name is given up first, so that what a kill leaves of it is swept, never read."""
     dead = directory.with_name(f".tmp-{directory.name}-{os.getpid()}")
     directory.rename(dead)
-    shutil.rmtree(dead)
+    _remove(dead)
+
+
+def _remove(path: Path) -> None:
+    """Delete whatever it is; of a link only the link."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def sweep(parent: Path) -> None:
@@ -175,23 +181,7 @@ def sweep(parent: Path) -> None:
     for leftover in parent.glob(".dead-*"):
         recover(leftover)
     for leftover in parent.glob(".tmp-*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-@contextmanager
-def lock(directory: Path) -> Iterator[None]:
-    """Hold ``directory`` for this process; InputError names the holder. The lock dies with its process."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise InputError(f"{directory} is in use by process {file.read().strip()}; wait, or name another") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+        _remove(leftover)
 
 
 def without_secrets(text: str) -> str:
@@ -214,12 +204,15 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     lit_sft_version: str = __version__
     command: str = field(default_factory=lambda: command_line())
+    digest: str | None = None
+    """sha256 of kind, facts and files: a flipped bit here would be believed."""
 
     def write(self, directory: Path, names: Iterable[str], hashes: dict[str, str] | None = None) -> None:
         """Record the files ``names`` of ``directory`` (size, sha256; ``hashes``: those already known), then itself."""
         for name in sorted(names):
             digest = (hashes or {}).get(name) or sha256_of(directory / name)
             self.files[name] = {"bytes": (directory / name).stat().st_size, "sha256": digest}
+        self.digest = self.digest_now()
         write_atomically(directory / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
@@ -243,6 +236,11 @@ class Manifest:
             raise InputError(f"{directory} is a {manifest.kind} directory, not a {kind} directory")
         return manifest
 
+    def digest_now(self) -> str:
+        """What ``digest`` is to be for what is there now."""
+        read = json.loads(json.dumps([self.kind, self.facts, self.files]))  # whose keys are text
+        return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
     def _problem(self) -> str | None:
         """What in its fields cannot be: the file may come from anywhere."""
         types = {"kind": str, "facts": dict, "files": dict, "format_version": int}
@@ -255,15 +253,14 @@ class Manifest:
             known = isinstance(fact, dict) and type(fact.get("bytes")) is int and isinstance(fact.get("sha256"), str)
             if not known:
                 return f"it has no bytes and sha256 of {name}"
+        if self.digest not in (None, self.digest_now()):  # None: written by hand
+            return "it differs from its own digest"
         return None
 
-    def check_files(self, directory: Path, unhashed: str = "/") -> None:
-        """Require every recorded file, its size and its sha256; InputError names the first that differs.
-
-        Of files whose names end on ``unhashed`` the size is enough: a model's weights take long to read.
-        """
+    def check_files(self, directory: Path) -> None:
+        """Require every recorded file, its size and its sha256; InputError names the first that differs."""
         for name in self.files:
-            self.check_file(directory, name, hashed=not name.endswith(unhashed))
+            self.check_file(directory, name)
 
     def check_file(self, directory: Path, name: str, hashed: bool = True) -> None:
         """Require the recorded file ``name``, its size and, if ``hashed``, its sha256; InputError says what differs."""

@@ -1,7 +1,6 @@
-"""Files ↔ tensors: base models, adapters, and the state a run resumes from."""
+"""Files ↔ tensors: base models and adapters."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,24 +10,25 @@ from typing import Any, get_type_hints
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_sft.args import LoRAArgs
-from lit_sft.atomic import Manifest, discard, publish_directory, write_atomically
+from lit_sft.atomic import Manifest, publish_directory, write_atomically
 from lit_sft.config import ModelConfig
-from lit_sft.errors import InputError, NewerFormat
+from lit_sft.errors import InputError
 from lit_sft.layout import (
     ADAPTER_CONFIG,
     ADAPTER_DIR,
     ADAPTER_WEIGHTS,
     HF_CONFIG,
     MANIFEST,
+    MODEL_CONFIG,
     MODEL_DIR,
-    STATES_DIR,
+    MODEL_WEIGHTS,
     TOKENIZER_FILES,
     check_checkpoint_dir,
     read_json,
-    state_name,
+    saved_states,
 )
 from lit_sft.lora import apply_lora, lora_state_dict
 from lit_sft.model import GPT
@@ -37,9 +37,6 @@ from lit_sft.quantize import is_quantized, place_quantized, quantized
 from lit_sft.weights import CHECKPOINT, Weight, write_checkpoint, write_safetensors
 
 ADAPTER = "adapter"
-STATE = "state"
-OPTIMIZER_WEIGHTS = "optimizer.safetensors"
-STATE_FACTS = "state.json"
 
 
 def load_model(
@@ -61,8 +58,7 @@ def load_model(
     Raises InputError when the directories do not hold exactly this model and an adapter made for it.
     """
     directory = check_checkpoint_dir(checkpoint_dir)
-    manifest = Manifest.read(directory, CHECKPOINT)
-    manifest.check_files(directory, unhashed=".safetensors")
+    manifest = check_model(directory)
     check_prompt_facts(manifest.facts, directory / MANIFEST)
     config = ModelConfig.from_dir(directory)
     if config.n_layer > (n := _count_weights(directory, manifest)):  # before modules are made by the million
@@ -92,25 +88,39 @@ def load_model(
     return model.eval()
 
 
+def check_model(directory: Path) -> Manifest:
+    """The manifest of a checkpoint_dir whose model is there; of the weights, which take long to read, by size alone."""
+    manifest = Manifest.read(directory, CHECKPOINT)
+    for name in _of_the_model(manifest):
+        manifest.check_file(directory, name, hashed=not name.endswith(".safetensors"))
+    return manifest
+
+
+def _of_the_model(manifest: Manifest) -> list[str]:
+    """Weights and config, by which a model is known; the tokenizer's files are for ``lit-sft verify``."""
+    stem = MODEL_WEIGHTS.removesuffix(".safetensors")
+    return sorted(name for name in manifest.files if name.startswith(stem) or name == MODEL_CONFIG)
+
+
 def _count_weights(directory: Path, manifest: Manifest) -> int:
     total = 0
     for name in (name for name in manifest.files if name.endswith(".safetensors")):
-        with _opened(directory / name) as file:
+        with opened(directory / name) as file:
             total += len(file.keys())
     return total
 
 
 def _stored_weights(directory: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
     for name in sorted(name for name in manifest.files if name.endswith(".safetensors")):
-        with _opened(directory / name) as file:
+        with opened(directory / name) as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 yield key, file.get_tensor(key)
 
 
 def base_fingerprint(checkpoint_dir: Path) -> str:
     """What tells one base model from another: the sha256 values of its weights and its config, from its manifest."""
-    files = Manifest.read(checkpoint_dir, CHECKPOINT).files
-    return "+".join(fact["sha256"] for _, fact in sorted(files.items()))
+    manifest = Manifest.read(checkpoint_dir, CHECKPOINT)
+    return "+".join(manifest.files[name]["sha256"] for name in _of_the_model(manifest))
 
 
 def save_adapter(directory: Path, model: GPT, lora: LoRAArgs, facts: dict) -> None:
@@ -119,7 +129,7 @@ def save_adapter(directory: Path, model: GPT, lora: LoRAArgs, facts: dict) -> No
     ``facts`` is what generating and merging need beside the tensors: base, prompt style, stop ids.
     """
     with publish_directory(directory, ADAPTER) as folder:
-        _write_tensors(folder / ADAPTER_WEIGHTS, lora_state_dict(model))
+        write_tensors(folder / ADAPTER_WEIGHTS, lora_state_dict(model))
         write_atomically(folder / ADAPTER_CONFIG, adapter_json(lora, facts))
         Manifest(ADAPTER, {}).write(folder, [ADAPTER_WEIGHTS, ADAPTER_CONFIG])
 
@@ -147,7 +157,7 @@ def resolve_adapter_dir(path: str | Path) -> Path:
     hint = "give the folder of a LoRA run"
     if (Path(path) / MODEL_DIR).is_dir():
         hint = f"it is a run of full fine-tuning: give --checkpoint_dir {Path(path) / MODEL_DIR} instead"
-    elif states := sorted((Path(path) / STATES_DIR).glob("step-*")):
+    elif states := saved_states(Path(path)):
         hint = f"the run is unfinished; its latest state can be given: {states[-1]}"
     raise InputError(f"no adapter at {str(path)!r}: neither it nor its {ADAPTER_DIR}/ holds {ADAPTER_CONFIG}; {hint}")
 
@@ -209,7 +219,7 @@ def _open_adapter(adapter_dir: str | Path, checkpoint_dir: Path) -> tuple[LoRAAr
             f"{folder} was trained on {config['checkpoint_dir']}, whose weights differ from those of {checkpoint_dir}"
         )
     lora, path = LoRAArgs(**{k: v for k, v in config.items() if k.startswith("lora_")}), folder / ADAPTER_WEIGHTS
-    with _opened(path) as file:  # before memory is asked for by what the config says
+    with opened(path) as file:  # before memory is asked for by what the config says
         ranks = {tuple(file.get_slice(n).get_shape())[:1] for n in file.keys() if n.endswith("lora_A")}  # noqa: SIM118
     if ranks != {(lora.lora_r,)}:
         found = ", ".join(map(str, sorted(rank for (rank,) in ranks - {()}))) or "none"
@@ -218,7 +228,8 @@ def _open_adapter(adapter_dir: str | Path, checkpoint_dir: Path) -> tuple[LoRAAr
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, as the library opens it; InputError where it is none."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -228,7 +239,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def copy_tensors(targets: dict[str, Tensor], path: Path) -> None:
     """Fill ``targets`` in place from a safetensors file that must hold exactly them; InputError names what differs."""
-    with _opened(path) as file, torch.no_grad():
+    with opened(path) as file, torch.no_grad():
         if different := sorted(set(file.keys()) ^ set(targets)):
             raise InputError(f"{path} does not fit the model: {different[0]} is in one only ({len(different)} in all)")
         for name, target in targets.items():
@@ -238,7 +249,8 @@ def copy_tensors(targets: dict[str, Tensor], path: Path) -> None:
             target.copy_(stored)
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as they are, dtypes included, to a safetensors file."""
     weights = [Weight(n, tuple(t.shape), t.dtype, lambda t=t: t.detach().cpu()) for n, t in tensors.items()]
     write_safetensors(path, weights)
 
@@ -255,118 +267,4 @@ def save_model(directory: Path, model: GPT, source_dir: Path, facts: dict) -> No
             write_atomically(folder / name, (source_dir / name).read_bytes())
         write_atomically(folder / HF_CONFIG, json.dumps(hf_config, indent=2) + "\n")
         weights = [Weight(n, tuple(t.shape), t.dtype, lambda t=t: t.detach().cpu()) for n, t in state.items()]
-        write_checkpoint(folder, model.config, weights, facts)
-
-
-def save_state(
-    out_dir: Path,
-    step: int,
-    weights_name: str,
-    trained: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    facts: dict,
-    extra: dict[str, str],
-) -> Path:
-    """Write all that a run needs to go on after ``step``: what is trained, the optimizer's slots, the position.
-
-    Args:
-        out_dir: the run; the state becomes ``checkpoints/step-…`` in it.
-        step: optimizer steps done. With the run's arguments and data it gives the rest: order of examples, learning
-            rate and dropout masks are functions of it, and nothing in a step draws from a global generator.
-        weights_name: the file of what is trained, ``adapter.safetensors`` or ``model.safetensors``.
-        trained: name → parameter the optimizer updates (fp32).
-        optimizer: its state is stored per parameter and slot.
-        facts: what else a run goes on from, beside the step, in state.json.
-        extra: further files, name → text.
-    """
-    directory = out_dir / STATES_DIR / state_name(step)
-    slots = {
-        f"{name}.{slot}": value
-        for name, parameter in trained.items()
-        for slot, value in optimizer.state[parameter].items()
-    }
-    with publish_directory(directory, STATE) as folder:
-        _write_tensors(folder / weights_name, trained)
-        _write_tensors(folder / OPTIMIZER_WEIGHTS, slots)
-        extra = extra | {STATE_FACTS: json.dumps({"step": step} | facts) + "\n"}
-        for name, text in extra.items():
-            write_atomically(folder / name, text)
-        Manifest(STATE, {}).write(folder, [weights_name, OPTIMIZER_WEIGHTS, *extra])
-    return directory
-
-
-def newest_state(out_dir: Path) -> Path | None:
-    """The latest intact state of a run. A damaged one is set aside as ``.bad-…``, so that it can be written again.
-
-    None when nothing was saved yet; InputError when every state is damaged, NewerFormat when a later lit_sft wrote it.
-    """
-    directories = sorted((out_dir / STATES_DIR).glob("step-*"), reverse=True)
-    for directory in directories:
-        try:
-            Manifest.read(directory, STATE).check_files(directory)
-            return directory
-        except NewerFormat:
-            raise
-        except InputError as error:
-            _set_aside(directory, str(error))
-    if directories:
-        raise InputError(f"{out_dir} has no intact state left, see the lines above; name another --out_dir")
-    return None
-
-
-def go_back(directory: Path) -> Path:
-    """The saved state that the user names, checked; later ones are set aside, or they would be gone on from next."""
-    Manifest.read(directory, STATE).check_files(directory)
-    for later in sorted(directory.parent.glob("step-*")):
-        if later.name > directory.name:
-            _set_aside(later, f"{later} is later than {directory}")
-    return directory
-
-
-def _set_aside(directory: Path, why: str) -> None:
-    print(f"set aside: {why}")
-    directory.rename(directory.with_name(f".bad-{directory.name}-{os.getpid()}"))
-
-
-def load_state(
-    directory: Path, weights_name: str, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict:
-    """Restore what ``save_state`` wrote, in place; gives its facts, ``step`` among them. InputError where it is odd."""
-    facts = read_state_facts(directory)
-    copy_tensors(trained, directory / weights_name)
-    numbers = {name: number for number, name in enumerate(trained)}
-    state = optimizer.state_dict()
-    with _opened(directory / OPTIMIZER_WEIGHTS) as file:
-        for key in file.keys():  # noqa: SIM118 (not a dict)
-            name, _, slot = key.rpartition(".")
-            if name not in numbers:
-                raise InputError(f"{directory / OPTIMIZER_WEIGHTS} holds {key}, of which the run trains nothing")
-            tensor = file.get_tensor(key)
-            if tensor.shape not in (trained[name].shape, torch.Size()):
-                raise InputError(f"{directory / OPTIMIZER_WEIGHTS}: {key} has shape {tuple(tensor.shape)}")
-            state["state"].setdefault(numbers[name], {})[slot] = tensor.clone()
-    slots = [state["state"].get(number, {}).keys() for number in numbers.values()]
-    if odd := [name for name, found in zip(numbers, slots, strict=True) if found != slots[0]]:
-        raise InputError(f"{directory / OPTIMIZER_WEIGHTS} holds of {odd[0]} other slots than of {next(iter(numbers))}")
-    optimizer.load_state_dict(state)
-    return facts
-
-
-def read_state_facts(directory: Path) -> dict:
-    """The facts of a saved state; InputError when one is missing or cannot be."""
-    facts, none = read_json(directory / STATE_FACTS), type(None)
-    kinds = {"step": (int,), "best_step": (int, none), "best_val_loss": (float, int, none), "scaler": (dict,)}
-    if wrong := [name for name, kind in kinds.items() if name not in facts or type(facts[name]) not in kind]:
-        raise InputError(
-            f"{directory / STATE_FACTS}: {wrong[0]} is {facts.get(wrong[0], 'missing')!r}; move {directory} away"
-        )
-    if directory.name != state_name(facts["step"]):
-        raise InputError(f"{directory} holds the state after step {facts['step']}, which is not what its name says")
-    return facts
-
-
-def prune_states(out_dir: Path, keep: int, best_step: int | None) -> None:
-    """Delete all states but the ``keep`` newest and that of ``best_step``."""
-    for directory in sorted((out_dir / STATES_DIR).glob("step-*"))[:-keep]:
-        if best_step is None or directory.name != state_name(best_step):
-            discard(directory)
+        write_checkpoint(folder, model.config, weights, facts, [HF_CONFIG, *names])

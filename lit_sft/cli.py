@@ -19,7 +19,9 @@ import jsonargparse
 import lit_sft
 from lit_sft.atomic import without_secrets
 from lit_sft.errors import InputError, Interrupted, RunFailed, stops, words
+from lit_sft.output import outliving
 
+SIGNALS = {signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGHUP: 129}  # and the exit codes of what they end
 UNFINISHED = "nothing is left half written"
 OTHERS_WORDS = 0.5  # what the first of them gives the others to say why they fail too, before it ends them
 OTHERS_SECONDS = 4.0  # a process that failed waits as long for the first of them, whose exit code is the command's
@@ -68,8 +70,9 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
     """Parse ``argv``, call ``main`` with its dataclass, and turn how it ends into the exit code of the contract."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        signal.signal(signal.SIGTERM, _stop)  # an exception, so that what is half written is cleaned up
-        signal.signal(signal.SIGUSR1, _stop)
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, _stop)  # an exception, so that what is half written is cleaned up
         if sys.stdout and hasattr(sys.stdout, "reconfigure"):  # a text in any script prints in any locale
             sys.stdout.reconfigure(errors="replace")
         if argv and argv[0][:1] not in ("-", "") and "path" in get_type_hints(_arguments(main)):
@@ -84,7 +87,8 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
     except KeyboardInterrupt as error:
         code = _complain(error, argv, 130, f"interrupted; {UNFINISHED}")
     except Interrupted as end:
-        print(end, file=sys.stderr)
+        with outliving(sys.stderr):
+            print(end, file=sys.stderr, flush=True)
         code = end.exit_code
     except RunFailed as error:
         code = _complain(error, argv, 1)
@@ -102,7 +106,7 @@ def _leave(code: int) -> NoReturn:
     distributed = sys.modules.get("torch.distributed")
     if not (distributed and distributed.is_available() and distributed.is_initialized()):
         sys.exit(code)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, *SIGNALS):
         signal.signal(number, signal.SIG_DFL)
     with suppress(OSError, ValueError):  # nobody reads them any more
         sys.stdout.flush()
@@ -126,17 +130,18 @@ def _named(main: Callable, argv: list[str]) -> list[str]:
 
 
 def _stop(number: int, _: object) -> None:
-    stops.append({signal.SIGTERM: 143, signal.SIGUSR1: 75}[number])
+    stops.append(SIGNALS[number])
     raise Interrupted(f"error: stopped by {signal.Signals(number).name}; {UNFINISHED}", stops[-1])
 
 
 def _complain(error: BaseException, argv: list[str], code: int, message: str | None = None) -> int:
-    if re.search(r"--debug[= ](true|yes)\b", " ".join(argv), re.IGNORECASE):
-        print(without_secrets("".join(traceback.format_exception(error))), file=sys.stderr, end="")
-    if code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes that see the same, one says it
-        for line in getattr(error, "details", ()):
-            print(" ".join(line.split()), file=sys.stderr)
-        print("error: " + " ".join((message or words(error)).split()), file=sys.stderr)
+    with outliving(sys.stderr):
+        if re.search(r"--debug[= ](true|yes)\b", " ".join(argv), re.IGNORECASE):
+            print(without_secrets("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+        if code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes that see the same, one says it
+            for line in getattr(error, "details", ()):
+                print(" ".join(line.split()), file=sys.stderr)
+            print("error: " + " ".join((message or words(error)).split()), file=sys.stderr, flush=True)
     return code
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lit_sft.args import DoctorArgs
-from lit_sft.atomic import Manifest
+from lit_sft.checkpoint import check_model
 from lit_sft.config import ModelConfig
 from lit_sft.convert import (
     open_safetensors,
@@ -27,7 +27,7 @@ from lit_sft.prompts import style_label
 from lit_sft.samples import default_style, stop_ids
 from lit_sft.styles import PROMPT_STYLES
 from lit_sft.tokenizer import Tokenizer
-from lit_sft.weights import CHECKPOINT, Weight
+from lit_sft.weights import Weight
 
 SOURCES = ("model*.safetensors", "pytorch_model*.bin", "model*.index.json", "pytorch_model*.index.json")
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -132,8 +132,7 @@ def _weights(directory: Path, family: Family, config: ModelConfig, found: Findin
     again = f"run: python scripts/convert_hf_checkpoint.py --checkpoint_dir {directory}"
     is_converted = (directory / MANIFEST).is_file()
     if is_converted:
-        manifest = Manifest.read(directory, CHECKPOINT)
-        manifest.check_files(directory, unhashed=".safetensors")
+        manifest = check_model(directory)
         names = [name for name in manifest.files if name.endswith(".safetensors")]
         stored = [weight for name in names for weight in open_safetensors(directory / name)]
         if {w.name: w.shape for w in stored} != weight_shapes(config):

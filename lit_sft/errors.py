@@ -27,7 +27,7 @@ class NewerFormat(InputError):  # noqa: N818 (what it is says it)
 
 
 class Interrupted(Exception):  # noqa: N818 (it is no error: the work was saved)
-    """A signal ended the run after it saved; ``exit_code`` is 130 (SIGINT), 143 (SIGTERM) or 75 (SIGUSR1)."""
+    """A signal ended the run after it saved; ``exit_code``: SIGINT 130, SIGTERM 143, SIGHUP 129, SIGUSR1 75."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

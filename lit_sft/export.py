@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_sft.args import ConvertLitArgs, ExportHFArgs, LoRAArgs
 from lit_sft.atomic import Manifest, publish_directory, replacing, write_atomically
-from lit_sft.checkpoint import read_adapter, read_adapter_config, resolve_base
+from lit_sft.checkpoint import check_model, read_adapter, read_adapter_config, resolve_base
 from lit_sft.config import ModelConfig
 from lit_sft.convert import cast, open_safetensors, to_hf
 from lit_sft.errors import InputError
@@ -27,7 +27,7 @@ from lit_sft.layout import (
     read_json,
 )
 from lit_sft.prompts import PROMPT_FACTS, check_prompt_facts
-from lit_sft.weights import CHECKPOINT, Weight, write_safetensors, write_shards
+from lit_sft.weights import Weight, write_safetensors, write_shards
 
 EXPORT = "export"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
@@ -56,8 +56,7 @@ def open_source(checkpoint_dir: str | None, lora_path: str | None, dtype: str | 
     """
     adapter = read_adapter_config(lora_path) if lora_path else {}
     directory = resolve_base(checkpoint_dir, adapter) if adapter else check_checkpoint_dir(checkpoint_dir)
-    manifest = Manifest.read(directory, CHECKPOINT)
-    manifest.check_files(directory, unhashed=".safetensors")
+    manifest = check_model(directory)
     family, config = find_family(read_json(directory / HF_CONFIG)), ModelConfig.from_dir(directory)
     files = [name for name in sorted(manifest.files) if name.endswith(".safetensors")]
     weights = [weight for name in files for weight in open_safetensors(directory / name)]

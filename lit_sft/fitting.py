@@ -19,7 +19,8 @@ from lit_sft.layout import check_checkpoint_dir
 from lit_sft.loss import CUDA_LOGITS
 from lit_sft.memory import TIDY_HEAP, free_memory, resident_memory
 from lit_sft.quantize import NF4, has_nf4
-from lit_sft.run import can_share_prefix, going_on
+from lit_sft.run import can_share_prefix
+from lit_sft.run_inputs import going_on
 from lit_sft.runtime import BASE_DTYPE, pick_device
 from lit_sft.shards import Shards
 

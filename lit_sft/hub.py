@@ -19,10 +19,11 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers, get_token_to_send
 
 from lit_sft.args import DownloadArgs
-from lit_sft.atomic import fsync, lock, sha256_of, write_atomically
+from lit_sft.atomic import fsync, sha256_of, write_atomically
 from lit_sft.errors import InputError
 from lit_sft.families.repositories import REPOSITORIES
 from lit_sft.layout import CHECKPOINTS, DOWNLOAD_RECORD, HF_CONFIG, MANIFEST, TOKENIZER_FILES
+from lit_sft.locks import lock
 
 SMALL_FILES = {HF_CONFIG, *TOKENIZER_FILES}
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is enough

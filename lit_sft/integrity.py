@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from lit_sft.atomic import Manifest, sha256_of
-from lit_sft.checkpoint import ADAPTER, STATE, load_model, read_adapter_config, read_state_facts, resolve_base
+from lit_sft.checkpoint import ADAPTER, load_model, read_adapter_config, resolve_base
 from lit_sft.convert import source_weights
 from lit_sft.errors import InputError
 from lit_sft.layout import (
@@ -23,9 +23,13 @@ from lit_sft.layout import (
     RUN_INPUTS,
     STATES_DIR,
     read_json,
+    saved_states,
+    state_name,
+    step_of,
 )
 from lit_sft.metrics import read_record
 from lit_sft.shards import KIND, Shards
+from lit_sft.states import STATE, read_state_facts
 from lit_sft.weights import CHECKPOINT
 
 
@@ -138,35 +142,56 @@ def _download(directory: Path) -> Iterator[Finding]:
 
 
 def _run(directory: Path) -> Iterator[Finding]:
-    yield _tried(directory / RUN_ARGUMENTS, lambda: _arguments(directory / RUN_ARGUMENTS))
+    yield _tried(directory / RUN_ARGUMENTS, lambda: _arguments(directory / RUN_ARGUMENTS) and None)
     yield _tried(directory / RUN_INPUTS, lambda: read_json(directory / RUN_INPUTS) and None)
-    states = sorted(path for path in (directory / STATES_DIR).glob("step-*"))
-    for folder in (*states, directory / ADAPTER_DIR, directory / MODEL_DIR):
+    states, results = saved_states(directory), (directory / ADAPTER_DIR, directory / MODEL_DIR)
+    for folder in (*states, *results):
         if folder.is_dir():
             yield from _manifested(folder)
             yield _tried(folder, lambda f=folder: _of_this_run(directory, f))
+    if states:
+        yield _tried(directory / STATES_DIR, lambda: _best(states))
+    if (directory / DONE).is_file():
+        yield _tried(directory / DONE, lambda: _result(results))
     if (directory / METRICS).exists() or states:
         yield _tried(directory / METRICS, lambda: _metrics(directory, states))
-    for path in sorted({*directory.glob(".bad-*"), *directory.glob(f"{STATES_DIR}/.bad-*")}):
-        yield Finding(f"{path}: set aside when it was found damaged; it can be deleted")
+    for prefix, why in {"bad": "it was found damaged", "later": "the run went back to an earlier one"}.items():
+        for path in sorted((directory / STATES_DIR).glob(f".{prefix}-*")):
+            yield Finding(f"{path}: set aside when {why}; it can be deleted")
 
 
-def _arguments(path: Path) -> None:
+def _best(states: list[Path]) -> str | None:
+    """The newest state says which one had the lowest val loss, and that one is kept."""
+    step = read_state_facts(states[-1])["best_step"]
+    if step is not None and state_name(step) not in [state.name for state in states]:
+        raise InputError(f"the state of the lowest val loss, {state_name(step)}, is missing")
+    return None if step is None else f"the lowest val loss was after step {step}"
+
+
+def _result(results: tuple[Path, ...]) -> None:
+    if not any(result.is_dir() for result in results):
+        raise InputError(f"the run is finished, but {' and '.join(map(str, results))} are missing")
+
+
+def _arguments(path: Path) -> dict:
     try:
         arguments = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"it is no YAML ({' '.join(str(error).split())})") from None
     if not isinstance(arguments, dict) or "out_dir" not in arguments:
         raise InputError("it holds no run's arguments")
+    return arguments
 
 
 def _of_this_run(directory: Path, folder: Path) -> str:
-    """An adapter names its base by its fingerprint, and so does the run."""
+    """An adapter names its base by its fingerprint and says what LoRA it is, and so does the run."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return "of this run"
-    ours = read_json(directory / RUN_INPUTS).get("base_fingerprint")
-    if read_json(folder / ADAPTER_CONFIG).get("base_fingerprint") != ours:
+    config, arguments = read_json(folder / ADAPTER_CONFIG), _arguments(directory / RUN_ARGUMENTS)
+    if config.get("base_fingerprint") != read_json(directory / RUN_INPUTS).get("base_fingerprint"):
         raise InputError("its base is not the one that the run was started on")
+    if odd := [name for name in arguments if name.startswith("lora_") and config.get(name) != arguments[name]]:
+        raise InputError(f"it has {odd[0]} {config.get(odd[0])!r}, the run was started with {arguments[odd[0]]!r}")
     return "of the base that the run was started on"
 
 
@@ -183,9 +208,11 @@ def _metrics(directory: Path, states: list[Path]) -> str:
         if step != last + 1:
             raise InputError(f"line {number} is of step {step}; step {last + 1} was to come")
         last = step
-    newest = max((int(s.name.removeprefix("step-")) for s in states if s.name[5:].isdigit()), default=0)
+    newest = max(map(step_of, states), default=0)
     if newest > last:
         raise InputError(f"it ends with step {last}; there is a state after step {newest}")
-    if (directory / DONE).is_file() and (directory / DONE).read_text().split()[:1] != [str(last)]:
-        raise InputError(f"it ends with step {last}; {DONE} says {(directory / DONE).read_text().strip()[:40]!r}")
+    if (directory / DONE).is_file():
+        done = (directory / DONE).read_text(errors="replace").strip()
+        if done.split()[:1] != [str(last)]:
+            raise InputError(f"it ends with step {last}; {DONE} says {done[:40]!r}")
     return f"steps 1 to {last}"

@@ -1,6 +1,7 @@
 """Every name on disk, and the checks that a directory is what a command needs."""
 
 import json
+import re
 from pathlib import Path
 
 from lit_sft.errors import InputError
@@ -48,6 +49,17 @@ STATES_DIR = "checkpoints"
 def state_name(step: int) -> str:
     """The name of the folder under ``checkpoints/`` that holds the run's state after optimizer step ``step``."""
     return f"step-{step:08d}"
+
+
+def step_of(state: Path) -> int:
+    """The step after which a saved state was written, by its name."""
+    return int(state.name.removeprefix("step-"))
+
+
+def saved_states(out_dir: Path) -> list[Path]:
+    """The folders of a run's saved states, by step; what else lies beside them, a copy of one say, is the user's."""
+    found = (out_dir / STATES_DIR).glob("step-*")
+    return sorted((p for p in found if re.fullmatch(r"step-[0-9]{8,}", p.name) and p.is_dir()), key=step_of)
 
 
 def shard_name(split: str, index: int) -> str:

@@ -62,9 +62,11 @@ def fit(
     Raises ``Interrupted``, after saving, when a signal asks for an end, and ``RunFailed``, after saving the state
     before the step, when a loss or gradient is not finite or the step does not fit into memory.
     """
+    save.begin(done)
     metrics = Metrics(Path(args.out_dir), done, train_steps.max_steps, quiet=not fabric.is_global_zero)
+    n_skipped = int(*reduce(fabric, "max", metrics.n_skipped))
     started = saved = time.perf_counter()
-    number, n_skipped = done, 0  # all is done where a kill fell between last save and result
+    number = done  # all is done where a kill fell between last save and result
     with StopSignals() as signals:
         for number in range(done + 1, train_steps.max_steps + 1):
             try:
@@ -81,8 +83,7 @@ def fit(
             if n_skipped > MOST_SKIPPED:
                 metrics.close()
                 raise RunFailed(f"{n_skipped} steps in a row without a finite loss; saved {save(number - 1)}")
-            last = number == train_steps.max_steps
-            best = False
+            last, best = number == train_steps.max_steps, False
             if last or number % args.eval_interval == 0:
                 record["val_loss"] = validate(fabric, model, val_batches)
                 best = save.is_best(number, record["val_loss"])
@@ -97,15 +98,14 @@ def fit(
                 continue
             metrics.flush()
             where, saved = save(number), time.perf_counter()
+            reached = f"after step {number} of {train_steps.max_steps}"
             if exit_code and not last:
                 metrics.close()
-                raise Interrupted(
-                    f"stopped by a signal after step {number} of {train_steps.max_steps}; saved {where}; "
-                    "the same command goes on from there",
-                    int(exit_code),
-                )
+                same = "the same command" if args.resume == "auto" else "the command without --resume"
+                text = f"stopped by a signal {reached}; saved {where}; {same} goes on from there"
+                raise Interrupted(text, int(exit_code))
             if late and not last:
-                metrics.say(f"--max_time reached after step {number} of {train_steps.max_steps}; saved {where}")
+                metrics.say(f"--max_time reached {reached}; saved {where}")
                 break
     metrics.close()
     return number

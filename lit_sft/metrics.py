@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections import deque
+from itertools import takewhile
 from pathlib import Path
 from statistics import median
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from lit_sft.atomic import fsync, write_atomically
 from lit_sft.errors import InputError
 from lit_sft.layout import METRICS
+from lit_sft.output import outliving
 
 PLAIN_INTERVAL = 10.0  # seconds between lines where the output is no terminal
 SPIKE_WINDOW, SPIKE_LEAST, SPIKE_SIGMAS = 50, 20, 6.0
@@ -65,6 +67,8 @@ class Metrics:
         self.path, self.max_steps, self.quiet = out_dir / METRICS, max_steps, quiet
         self.started, self.done_before, self.last_line = time.perf_counter(), done, 0.0
         kept = [] if quiet else self._lines(done)
+        self.n_skipped = len(list(takewhile(lambda line: line.get("skipped"), reversed(kept))))
+        """Steps without an update that the run had ended with."""
         self.losses = deque((line["loss"] for line in kept if line.get("loss") is not None), maxlen=SPIKE_WINDOW)
         if not quiet:
             write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -114,7 +118,8 @@ class Metrics:
         text["lr"] = f"{record['lr']:.1e}"
         text["mem"] = f"{record['peak_mem_bytes'] / 2**30:.2f} GiB"
         self.bar.set_postfix(text, refresh=False)
-        self.bar.update()
+        with outliving(sys.stderr):
+            self.bar.update()
         if self.bar.disable and self._plain_line_due(record["step"]):
             left = (time.perf_counter() - self.started) / (record["step"] - self.done_before)
             text["left"] = tqdm.format_interval(left * (self.max_steps - record["step"]))
@@ -135,9 +140,11 @@ class Metrics:
     def say(self, text: str) -> None:
         """Print a line above the live one."""
         if not self.quiet:
-            self.bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with outliving(sys.stdout):
+                self.bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     def close(self) -> None:
         """Leave the live line as it stands."""
-        self.bar.close()
+        with outliving(sys.stderr):
+            self.bar.close()

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lit_sft.atomic import Manifest, lock, publish_directory, replaceable, sweep
+from lit_sft.atomic import Manifest, publish_directory, replaceable, sweep
 from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError, Interrupted, RunFailed
 from lit_sft.layout import MANIFEST, REPORT, SKIPPED, check_checkpoint_dir, only_checkpoint_dir, work_dir
+from lit_sft.locks import lock
 from lit_sft.mixing import MixedSource, with_flags
 from lit_sft.prepare_args import PrepareArgs
 from lit_sft.prompts import resolve_style, style_label

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, replace
-from itertools import zip_longest
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,41 +15,32 @@ import torch
 import yaml
 from torch import nn
 
-from lit_sft import __version__
 from lit_sft.args import LoRAArgs, TrainArgs
-from lit_sft.atomic import LOCK, lock, sweep, write_atomically
+from lit_sft.atomic import discard, sweep, write_atomically
 from lit_sft.batches import TrainSteps
-from lit_sft.checkpoint import base_fingerprint, go_back, load_state, newest_state, prune_states, save_state
 from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError, Interrupted, RunFailed
 from lit_sft.layout import (
     ADAPTER_DIR,
     DONE,
+    MANIFEST,
     METRICS,
     MODEL_DIR,
     RUN_ARGUMENTS,
     RUN_INPUTS,
     STATES_DIR,
+    saved_states,
     state_name,
 )
+from lit_sft.locks import LOCK, lock
 from lit_sft.optim import warmup_steps
+from lit_sft.output import tell
+from lit_sft.run_inputs import arguments_of, compare, inputs_of, recorded
 from lit_sft.run_report import write_run_report
 from lit_sft.runtime import on_first, precision
 from lit_sft.shards import Shards
+from lit_sft.states import load_state, named_state, newest_state, prune_states, save_state, set_aside_after
 from lit_sft.tokenizer import Tokenizer
-
-# what may change when a run goes on: it decides where, how fast and how often, never what is computed
-FREE = {
-    "debug", "out_dir", "resume", "device", "devices", "micro_batch_size", "micro_batch_tokens", "max_time",
-    "eval_interval", "save_interval", "save_minutes", "keep_last", "keep_best", "on_nonfinite", "sample_prompt",
-    "checkpoint_dir", "data_dir", "max_iters", "epochs", "share_prefix", "activation_checkpointing", "compile",
-    "hardware", "threads", "torch", "lit_sft", "estimate", "rehearse", "timeout_minutes",
-}  # fmt: skip
-# those of them that move the last bits
-PLACES = (
-    "device", "devices", "micro_batch_size", "micro_batch_tokens", "share_prefix", "activation_checkpointing",
-    "compile", "hardware", "threads", "torch", "lit_sft",
-)  # fmt: skip
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -118,11 +107,12 @@ def open_run(args: TrainArgs, shards: Shards, fabric: Fabric) -> Iterator[Path |
 
     Raises InputError when the folder is in use, holds a finished run, or a run of other arguments, data or base.
     """
+    out_dir, there = Path(args.out_dir), _names(Path(args.out_dir))
     with ExitStack() as held:
 
         def start() -> Path | None:
             _check_resume(args)
-            held.enter_context(lock(Path(args.out_dir)))
+            held.enter_context(lock(out_dir))
             return _start_or_go_on(args, shards, fabric.device)
 
         state = on_first(fabric, start)
@@ -130,7 +120,7 @@ def open_run(args: TrainArgs, shards: Shards, fabric: Fabric) -> Iterator[Path |
             yield state
         except (InputError, OSError):
             if fabric.is_global_zero:
-                _forget_unstarted(Path(args.out_dir))
+                _forget_unstarted(out_dir, there)
             raise
         except (Interrupted, RunFailed):
             with suppress(OSError, ValueError):  # what the run ends with matters more
@@ -141,59 +131,45 @@ def open_run(args: TrainArgs, shards: Shards, fabric: Fabric) -> Iterator[Path |
 
 def _report(args: TrainArgs) -> None:
     """Write the page about the run."""
-    write_run_report(Path(args.out_dir), _arguments(args), args.max_steps)
+    write_run_report(Path(args.out_dir), arguments_of(args), args.max_steps)
 
 
-def _arguments(args: TrainArgs) -> dict:
-    """What run.yaml says."""
-    return {k: v for k, v in asdict(args).items() if k != "debug"}
+def _names(out_dir: Path) -> set[str] | None:
+    """What is in the folder; None where there is none."""
+    return {path.name for path in out_dir.iterdir()} if out_dir.is_dir() else None
 
 
-def _forget_unstarted(out_dir: Path) -> None:
-    """Remove the folder of a run that was refused before its first step."""
-    if not any((out_dir / name).exists() for name in (METRICS, STATES_DIR)):
-        for name in (RUN_ARGUMENTS, RUN_INPUTS, LOCK):
-            (out_dir / name).unlink(missing_ok=True)
+def _forget_unstarted(out_dir: Path, there: set[str] | None) -> None:
+    """Remove what this process made of a run that was refused before its first step, but nothing that was ``there``."""
+    if any((out_dir / name).exists() for name in (METRICS, STATES_DIR)):
+        return
+    for name in {RUN_ARGUMENTS, RUN_INPUTS, LOCK} - (there or set()):
+        (out_dir / name).unlink(missing_ok=True)
+    if there is None:
         with suppress(OSError):  # something else is in it
             out_dir.rmdir()
-
-
-def _surroundings(device: torch.device) -> dict:
-    """What a result's last bits hang on beside the arguments."""
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "hardware": hardware,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "lit_sft": __version__,
-    }
 
 
 def _start_or_go_on(args: TrainArgs, shards: Shards, device: torch.device) -> Path | None:
     out_dir = Path(args.out_dir)
     path, inputs_path = out_dir / RUN_ARGUMENTS, out_dir / RUN_INPUTS
-    arguments = _arguments(args)
-    inputs = {
-        "base_fingerprint": base_fingerprint(Path(args.checkpoint_dir)),
-        "data_fingerprint": "+".join(fact["sha256"] for _, fact in sorted(shards.manifest.files.items())),
-        **_surroundings(device),
-    }
+    arguments, inputs = arguments_of(args), inputs_of(args, shards, device)
     epochs = args.max_steps / math.ceil(len(shards) / args.global_batch_size)
-    print(f"{args.checkpoint_dir} + {args.data_dir} → {out_dir}, {args.precision}")
-    print(
+    tell(f"{args.checkpoint_dir} + {args.data_dir} → {out_dir}, {args.precision}")
+    tell(
         f"{len(shards):,} training examples, {args.global_batch_size} a step: {args.max_steps} steps, {epochs:.3g} "
         f"epochs, learning rate {args.learning_rate:g} after {warmup_steps(args, args.max_steps)} steps of warmup"
     )
     if shards.n_cut:
-        print(f"--max_seq_length {args.max_seq_length} cuts or leaves out {shards.n_cut} examples")
+        tell(f"--max_seq_length {args.max_seq_length} cuts or leaves out {shards.n_cut} examples")
     state = None
     if path.is_file():
-        if any((out_dir / STATES_DIR).glob("step-*")):  # a run that saved nothing may start anew with other arguments
-            _compare(_recorded(out_dir), arguments | inputs, out_dir)
+        if saved_states(out_dir):  # a run that saved nothing may start anew with other arguments
+            compare(recorded(out_dir), arguments | inputs, out_dir)
         sweep(out_dir)
         sweep(out_dir / STATES_DIR)
-        state = newest_state(out_dir) if args.resume == "auto" else go_back(Path(args.resume))
-        print(f"going on from {state}" if state else "the run had saved nothing yet; it starts anew")
+        state = newest_state(out_dir) if args.resume == "auto" else named_state(out_dir, Path(args.resume))
+        tell(f"going on from {state}" if state else "the run had saved nothing yet; it starts anew")
     texts = {inputs_path: json.dumps(inputs, indent=2) + "\n", path: yaml.safe_dump(arguments, sort_keys=False)}
     for file, text in texts.items():
         if not file.is_file() or file.read_text() != text:
@@ -204,6 +180,11 @@ def _start_or_go_on(args: TrainArgs, shards: Shards, device: torch.device) -> Pa
 def _check_resume(args: TrainArgs) -> None:
     """Refuse what can be refused before anything, the lock included, is written."""
     out_dir = Path(args.out_dir)
+    if (out_dir.exists() or out_dir.is_symlink()) and not out_dir.is_dir():
+        raise InputError(f"{out_dir} is no folder, so a run cannot be written there; name another --out_dir")
+    if (out_dir / MANIFEST).is_file():
+        raise InputError(f"{out_dir} holds something else that lit_sft wrote, whose files a run would replace; "
+                         "name another --out_dir")  # fmt: skip
     if (out_dir / DONE).is_file():
         raise InputError(f"{out_dir} holds a finished run; name another --out_dir (--resume is for unfinished ones)")
     if not (out_dir / RUN_ARGUMENTS).is_file():
@@ -213,47 +194,13 @@ def _check_resume(args: TrainArgs) -> None:
             raise InputError(
                 f"{out_dir} holds {found[0]} but no {RUN_ARGUMENTS}: no run to go on with; name another --out_dir"
             )
+    elif not (out_dir / RUN_INPUTS).is_file():  # which is written before it
+        raise InputError(f"{out_dir} holds a {RUN_ARGUMENTS} but no {RUN_INPUTS} of a run; name another --out_dir (a "
+                         "saved state in it can be generated from, merged and exported)")  # fmt: skip
     elif args.resume == "never":
         raise InputError(f"{out_dir} holds an unfinished run; --resume auto goes on, or name another --out_dir")
-    elif args.resume != "auto" and Path(args.resume).resolve().parent != (out_dir / STATES_DIR).resolve():
-        raise InputError(f"--resume {args.resume}: no saved state; a folder of {out_dir / STATES_DIR} can be named")
-
-
-def going_on(args: TrainArgs) -> dict | None:
-    """What the unfinished run in ``args.out_dir`` was started with; None where there is none with a saved state."""
-    out_dir = Path(args.out_dir)
-    started = (out_dir / RUN_ARGUMENTS).is_file() and any((out_dir / STATES_DIR).glob("step-*"))
-    return _recorded(out_dir) if started else None
-
-
-def _recorded(out_dir: Path) -> dict:
-    """What a run was started with; InputError when its files do not say."""
-    try:
-        arguments = yaml.safe_load((out_dir / RUN_ARGUMENTS).read_text())
-        return arguments | json.loads((out_dir / RUN_INPUTS).read_text())
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
-        raise InputError(f"{out_dir} does not say what its run was started with ({why}); name another") from None
-
-
-def _compare(before: dict, now: dict, out_dir: Path) -> None:
-    moved = [f"{k} {now[k]} instead of {before[k]}" for k in PLACES if before.get(k, now[k]) != now[k]]
-    if moved:
-        print(f"going on with {', '.join(moved)}: the same computation, equal to rounding")
-    changed = [k for k in now if k not in FREE and before.get(k) != now[k]]
-    if changed:
-        differences = ", ".join(_difference(k, before.get(k), now[k]) for k in changed)
-        raise InputError(
-            f"{out_dir} holds an unfinished run that computes something else ({differences}); "
-            "give it the same arguments, or name another --out_dir"
-        )
-
-
-def _difference(name: str, then: object, now: object) -> str:
-    if name.endswith("_fingerprint"):  # the hashes of files, one behind the other: the first that differs
-        pairs = zip_longest(str(then).split("+"), str(now).split("+"), fillvalue="none")
-        then, now = next((a[:12], b[:12]) for a, b in pairs if a != b)
-    return f"{name}: {then!r} then, {now!r} now"
+    elif args.resume != "auto":
+        named_state(out_dir, Path(args.resume))
 
 
 class Saver:
@@ -283,6 +230,18 @@ class Saver:
             self.fabric.strategy.precision.load_state_dict(facts["scaler"])
         self.best_step, self.best_val_loss = facts["best_step"], facts["best_val_loss"]
         return facts["step"]
+
+    def begin(self, done: int) -> None:
+        """Make way for the steps after ``done``: states of later ones, and a result that they will outdate."""
+
+        def make_way() -> None:
+            out_dir = Path(self.args.out_dir)
+            set_aside_after(out_dir, done)
+            for result in (out_dir / ADAPTER_DIR, out_dir / MODEL_DIR):  # of a run that --max_time ended
+                if done < self.args.max_steps and result.is_dir():
+                    discard(result)
+
+        on_first(self.fabric, make_way)
 
     def _check_room(self) -> None:
         needed = 3 * sum(4 * p.numel() for p in self.trained.values())  # each parameter and AdamW's two slots, fp32
@@ -318,11 +277,12 @@ class Saver:
 
 def finish(args: TrainArgs, last: int, result: Path, save: Saver) -> None:
     """Write the run's page, mark it as done unless ``max_time`` ended it early, say what to do with ``result``."""
-    _report(args)
+    with suppress(ValueError):  # a folder's name or a record that no page can show
+        _report(args)
     if last == args.max_steps:
         write_atomically(Path(args.out_dir) / DONE, f"{last} steps\n")
     if save.best_step not in (None, last):
         where = Path(args.out_dir) / STATES_DIR / state_name(save.best_step)
-        print(f"the lowest val loss, {save.best_val_loss:.4f}, was after step {save.best_step}: {where}")
+        tell(f"the lowest val loss, {save.best_val_loss:.4f}, was after step {save.best_step}: {where}")
     flag = "adapter_dir" if result.name == ADAPTER_DIR else "checkpoint_dir"
-    print(f'saved {result}; try it: python scripts/generate.py --{flag} {result} --prompt "…"')
+    tell(f'saved {result}; try it: python scripts/generate.py --{flag} {result} --prompt "…"')

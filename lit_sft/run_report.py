@@ -78,7 +78,8 @@ def write_run_report(out_dir: Path, arguments: dict, max_steps: int) -> None:
         "validations": _validations(records),
         "ticks": _ticks(records),
     }
-    write_atomically(out_dir / REPORT, render("run.html", context))
+    page = render("run.html", context)
+    write_atomically(out_dir / REPORT, page.encode(errors="replace"))  # a folder's name may be no text
 
 
 def _values(records: list[dict], name: str) -> Points:

@@ -36,7 +36,7 @@ BASE_DTYPE = {
 }
 started: list[Popen] = []
 """The other processes of this run, where this one started them."""
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75}
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGHUP: 129}
 
 
 def pick_device(wanted: str) -> str:
@@ -128,21 +128,25 @@ def on_first(fabric: Fabric, action: Callable[[], T]) -> T:
         try:
             result = action()
         except (InputError, OSError) as error:
-            refusal = words(error)
+            refusal = words(error), getattr(error, "details", ())
     with exchange():
         result, refusal = fabric.broadcast((result, refusal))
         fabric.barrier()
     if refusal:
-        raise InputError(refusal)
+        raise InputError(*refusal)
     return result
 
 
 class StopSignals:
-    """SIGINT, SIGTERM and SIGUSR1 ask for the current step to be finished and saved; a second one exits at once."""
+    """SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask for the current step to be finished and saved; a second exits at once.
+
+    A terminal that closes may send SIGHUP twice, and ``nohup`` has it ignored.
+    """
 
     def __enter__(self) -> StopSignals:
         self.received: int | None = None
-        self.previous = {number: signal.signal(number, self._note) for number in EXIT_CODES}
+        wanted = [n for n in EXIT_CODES if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self._note) for number in wanted}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -150,11 +154,13 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        if self.received == number == signal.SIGHUP:
+            return
         if self.received is not None:
             os._exit(EXIT_CODES[number])
         self.received = number
 
     @property
     def exit_code(self) -> int:
-        """What the run must exit with: 130, 143 or 75, or 0 when no signal came."""
+        """What the run must exit with: 130, 143, 75 or 129, or 0 when no signal came."""
         return EXIT_CODES.get(self.received, stops[-1] if stops else 0)

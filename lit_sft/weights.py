@@ -3,7 +3,7 @@
 import hashlib
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +30,16 @@ class Weight:
     load: Callable[[], Tensor]
 
 
-def write_checkpoint(directory: Path, config: ModelConfig, weights: list[Weight], facts: dict) -> None:
-    """Write weights (in shards past 5 GB), config and, last, the manifest of a checkpoint_dir."""
+def write_checkpoint(
+    directory: Path, config: ModelConfig, weights: list[Weight], facts: dict, others: Iterable[str] = ()
+) -> None:
+    """Write weights (in shards past 5 GB), config and, last, the manifest of a checkpoint_dir.
+
+    ``others``: further files that are there, recorded too.
+    """
     hashes = write_shards(directory, MODEL_WEIGHTS, weights)
     write_atomically(directory / MODEL_CONFIG, config.to_json())
-    recorded = [*hashes, MODEL_CONFIG]
+    recorded = [*hashes, MODEL_CONFIG, *others]
     Manifest(CHECKPOINT, facts).write(directory, recorded, hashes)
 
 

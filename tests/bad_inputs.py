@@ -102,6 +102,8 @@ def edit(path: str, **changes: object) -> Callable[[], None]:
 
     def spoil() -> None:
         content = json.loads(Path(path).read_text())
+        if Path(path).name == "manifest.json":
+            changes["digest"] = None
         Path(path).write_text(json.dumps({k: v for k, v in (content | changes).items() if v is not ...}))
         if Path(path).name != "manifest.json":
             rehash(Path(path).parent)
@@ -117,6 +119,12 @@ def rehash(directory: Path) -> None:
         names = [name for name in manifest.files if (directory / name).is_file()]
         manifest.files.clear()
         manifest.write(directory, names)
+
+
+def forget_digest(path: Path) -> None:
+    """What is wrong with a manifest must then be found by what it means."""
+    with suppress(ValueError, TypeError):
+        path.write_text(json.dumps(json.loads(path.read_bytes()) | {"digest": None}))
 
 
 def tensors(path: str, change: Callable[[dict], dict]) -> Callable[[], None]:
@@ -299,8 +307,8 @@ def fuzz(world: Path, seconds: float, seed: int, kept: Path) -> tuple[dict, list
         path = room / name
         content = path.read_bytes() if path.is_file() else STARTS.get(name, "").encode()
         path.write_bytes(spoiled := mutate(content, path.suffix, chance))
-        if path.name != "manifest.json" and chance.random() < 0.7:
-            rehash(path.parent)
+        if chance.random() < 0.7:
+            forget_digest(path) if path.name == "manifest.json" else rehash(path.parent)
         argv = argv_of(target)
         argv += ["--prompt_style=style.jinja"] if name == "style.jinja" else []
         found = attempt(room, argv, log)

@@ -133,7 +133,8 @@ def as_command(work: Callable[[], None]) -> None:
 def train(world: Path, recipe: str, out_dir: Path, **changes: object) -> None:
     """What ``finetune/<recipe>.py`` does, with the way in which it ends."""
     main, kind, settings, _ = RECIPES[recipe]
-    args = kind(data_dir=str(world / "data"), out_dir=str(out_dir), **(RUN | settings | changes))
+    places = {"data_dir": str(world / "data"), "out_dir": str(out_dir)}
+    args = kind(**(RUN | settings | places | changes))
     as_command(lambda: main(args))
 
 

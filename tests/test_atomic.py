@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from lit_sft import atomic
-from lit_sft.atomic import Manifest, lock, publish_directory, sweep, write_atomically
+from lit_sft.atomic import Manifest, publish_directory, sweep, write_atomically
 from lit_sft.errors import InputError
+from lit_sft.locks import lock
 
 DEAD = 2**22 - 2  # beyond the process numbers this system gives out
 
@@ -81,7 +82,7 @@ def test_a_full_disk_keeps_what_was_there_and_names_the_file(tmp_path: Path, mon
 
 
 def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from lit_sft.atomic import lock\n"
+    code = "import sys, time; from pathlib import Path; from lit_sft.locks import lock\n"
     code += "with lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     environment = os.environ | {"PYTHONPATH": str(Path(atomic.__file__).parent.parent)}
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=environment)
@@ -98,7 +99,9 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda m: m | {"format_version": 99}, "newer than"),
-        (lambda m: m | {"kind": "state"}, "is a state directory, not a data directory"),
+        (lambda m: m | {"kind": "state", "digest": None}, "is a state directory, not a data directory"),
+        (lambda m: m | {"kind": "state"}, "differs from its own digest"),
+        (lambda m: m | {"facts": {"n": 2}}, "differs from its own digest"),
         (lambda m: m | {"files": []}, "not a manifest"),
         (lambda m: {"x": 1}, "not a manifest"),
         (lambda m: [], "not a manifest"),

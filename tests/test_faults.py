@@ -17,8 +17,9 @@ from reliability import as_command, command, make_checkpoint, write_rows
 
 from lit_sft.args import LoRAArgs
 from lit_sft.atomic import Manifest, sweep
-from lit_sft.checkpoint import adapter_facts, load_model, load_state, newest_state, save_adapter, save_model, save_state
+from lit_sft.checkpoint import adapter_facts, load_model, save_adapter, save_model
 from lit_sft.lora import apply_lora, lora_state_dict
+from lit_sft.states import load_state, newest_state, save_state
 
 # otherwise a sample of the operations, each in one way of three; tests/reliability.py fails them all
 EVERY_FAULT = "LIT_SFT_EVERY_FAULT" in os.environ

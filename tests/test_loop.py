@@ -553,7 +553,7 @@ def test_two_processes_are_one(data: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_two_runs_in_one_out_dir(data: tuple[Path, Path], tmp_path: Path) -> None:
-    from lit_sft.atomic import lock
+    from lit_sft.locks import lock
 
     with lock(tmp_path / "out"), pytest.raises(InputError, match=f"in use by process {os.getpid()}"):
         lora.main(lora_args(data[1], tmp_path / "out"))

@@ -15,7 +15,7 @@ from reliability import make_checkpoint
 from safetensors.torch import load_file
 
 from lit_sft.atomic import Manifest
-from lit_sft.checkpoint import read_adapter_config, read_state_facts
+from lit_sft.checkpoint import read_adapter_config
 from lit_sft.config import ModelConfig
 from lit_sft.convert import source_weights
 from lit_sft.errors import InputError
@@ -23,6 +23,7 @@ from lit_sft.families import find_family
 from lit_sft.layout import read_json
 from lit_sft.metrics import Metrics
 from lit_sft.run_report import write_run_report
+from lit_sft.states import read_state_facts
 from lit_sft.tokenizer_config import TokenizerConfig
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -21,13 +21,13 @@ from finetune import full, lora
 from lit_sft import load_model, loop, optim, run
 from lit_sft.atomic import Manifest
 from lit_sft.batches import TrainSteps
-from lit_sft.checkpoint import load_state
 from lit_sft.errors import InputError, RunFailed
 from lit_sft.lora import ExampleDropout, apply_lora
 from lit_sft.metrics import Metrics, is_spike
 from lit_sft.run import Saver
 from lit_sft.runtime import launch, on_first
 from lit_sft.shards import Shards
+from lit_sft.states import load_state
 
 SETTINGS = {"micro_batch_tokens": 700, "max_steps": 6, "save_interval": 2, "eval_interval": 3, "lr_warmup_steps": 0}
 OF_THE_MACHINE = ("seconds", "tokens_per_s", "peak_mem_bytes")
@@ -337,7 +337,15 @@ def test_what_a_spike_is() -> None:
 
 def test_spikes_are_marked_across_an_interruption(tmp_path: Path) -> None:
     def record(step: int, loss: float) -> dict:
-        return {"step": step, "loss": loss, "lr": 1e-3, "tokens_per_s": 1.0, "peak_mem_bytes": 1}
+        counts = {"step": step, "epoch": 1, "n_labels": 1, "n_tokens": 1, "peak_mem_bytes": 1}
+        return counts | {
+            "loss": loss,
+            "lr": 1e-3,
+            "grad_norm": 1.0,
+            "tokens_per_s": 1.0,
+            "padding_share": 0.0,
+            "seconds": 1.0,
+        }
 
     losses = [1 + 0.05 * math.sin(5 * k) for k in range(1, 61)]
     losses[29] = losses[54] = 2.0
@@ -406,7 +414,7 @@ def test_what_the_first_process_cannot_do_is_told_to_all() -> None:
         is_global_zero = False
 
         def broadcast(self, _: object) -> tuple:
-            return None, "the disk is full"
+            return None, ("the disk is full", ())
 
         def barrier(self) -> None:
             pass
