@@ -73,7 +73,10 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, _stop)  # an exception, so that what is half written is cleaned up
-        if sys.stdout and hasattr(sys.stdout, "reconfigure"):  # a text in any script prints in any locale
+        for name in ("stdout", "stderr"):  # closed before Python began
+            if getattr(sys, name) is None:
+                setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (for as long as the process lives)
+        if hasattr(sys.stdout, "reconfigure"):  # a text in any script prints in any locale
             sys.stdout.reconfigure(errors="replace")
         if argv and argv[0][:1] not in ("-", "") and "path" in get_type_hints(_arguments(main)):
             argv = ["--path", *argv]  # the one thing that a command looks at needs no name

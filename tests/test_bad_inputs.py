@@ -33,6 +33,7 @@ from lit_sft import cli
 Spoil = Callable[[], object]
 INDEX = "raw/model.safetensors.index.json"
 STATE = "cut/checkpoints/step-00000002"
+OPTIMIZER = f"{STATE}/optimizer.safetensors"
 BASE, ADAPTER = "base/lit_model.safetensors", "run/adapter/adapter.safetensors"
 
 
@@ -87,6 +88,10 @@ def first(value: float, slot: str) -> Callable[[dict], dict]:
 
 def with_tensor(name: str, tensor: torch.Tensor) -> Callable[[dict], dict]:
     return lambda tensors: tensors | {name: tensor}
+
+
+def slots(kind: str, value: torch.Tensor) -> Callable[[dict], dict]:
+    return lambda tensors: {name: value.clone() if name.endswith(f".{kind}") else t for name, t in tensors.items()}
 
 
 def without(n: int) -> Callable[[dict], dict]:
@@ -244,11 +249,23 @@ BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
         ("no step", "resume", [], edit(f"{STATE}/state.json", step=...), "state.json"),
         ("no facts", "resume", [], edit(f"{STATE}/state.json", best_step=...), "state.json"),
         ("a tensor less", "resume", [], tensors(f"{STATE}/adapter.safetensors", without(1)), "adapter.safetensors"),
-        ("a slot less", "resume", [], tensors(f"{STATE}/optimizer.safetensors", without(1)), "optimizer.safetensors"),
+        ("a slot less", "resume", [], tensors(OPTIMIZER, without(1)), "optimizer.safetensors"),
         ("a slot of another shape", "resume", [],
-         tensors(f"{STATE}/optimizer.safetensors", lambda t: {name: torch.ones(3) for name in t}), "optimizer"),
+         tensors(OPTIMIZER, lambda t: {name: torch.ones(3) for name in t}), "optimizer"),
         ("a slot too many", "resume", [],
-         tensors(f"{STATE}/optimizer.safetensors", with_tensor("x.exp_avg", torch.ones(2))), "x.exp_avg"),
+         tensors(OPTIMIZER, with_tensor("x.exp_avg", torch.ones(2))), "x.exp_avg"),
+        ("slots of one number", "resume", [], tensors(OPTIMIZER, slots("exp_avg", torch.ones(()))),
+         "is no slot of AdamW"),
+        ("a full step", "resume", [], tensors(OPTIMIZER, slots("step", torch.ones(4, 32))), "AdamW"),
+        ("an infinite step", "resume", [],
+         tensors(OPTIMIZER, slots("step", torch.tensor(torch.inf))), "is no slot of AdamW"),
+        ("slots of whole numbers", "resume", [],
+         tensors(OPTIMIZER, lambda t: {k: v.int() for k, v in t.items()}), "is no slot of AdamW"),
+        ("slots of another name", "resume", [],
+         tensors(OPTIMIZER, lambda t: {f"{k}x": v for k, v in t.items()}), "is no slot of AdamW"),
+        ("no steps", "resume", [],
+         tensors(OPTIMIZER, lambda t: {k: v for k, v in t.items() if not k.endswith(".step")}),
+         "holds other slots"),
         ("a state that is none", "resume", ["--resume=cut/checkpoints/step-00000009"], lambda: None, "step-00000009"),
         ("a state elsewhere", "resume", ["--resume=run/checkpoints/step-00000001"], lambda: None, "no saved state"),
         ("finished", "lora", ["--out_dir=run"], lambda: None, "holds a finished run"),

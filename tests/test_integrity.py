@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bad_inputs import rehash
 from faults import fork
 from reliability import RUN, command, make_checkpoint, train, write_rows
 
@@ -57,6 +58,13 @@ def test_what_is_whole_is_called_so(directory: str, world: Path, capsys: pytest.
     command("verify", "--path", directory)
 
 
+def test_every_file_has_a_recorded_hash(world: Path) -> None:
+    """Of what the toolkit wrote; convert adds to a folder of the Hub's, whose files download.json records."""
+    for directory in ("data", "lora/adapter", "full/model", "lora/checkpoints/step-00000004", "merged"):
+        there = {path.name for path in Path(directory).iterdir()} - {".lock", "manifest.json"}
+        assert there == set(Manifest.read(Path(directory)).files)
+
+
 @pytest.mark.parametrize("change", ["flip", "cut", "empty", "remove"])
 @pytest.mark.parametrize("directory", WROTE)
 def test_every_file_with_a_recorded_hash_is_guarded(directory: str, change: str, world: Path) -> None:
@@ -91,6 +99,17 @@ RUN_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no record": (lambda run: _lines(run, lambda lines: ["[]", *lines]), "line 1: it is no record"),
     "no records": (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl"),
     "the end is another": (lambda run: (run / "DONE").write_text("9 steps\n"), "DONE says '9 steps'"),
+    "the end is no text": (lambda run: (run / "DONE").write_bytes(b"\xff"), "DONE says"),
+    "the result is missing": (lambda run: shutil.rmtree(run / "adapter"), "the run is finished, but"),
+    "the result is another's": (
+        lambda run: _edited(run / "adapter", "adapter_config.json", lora_alpha=64.0),
+        "it has lora_alpha 64.0, the run was started with",
+    ),
+    "the best is missing": (
+        lambda run: _edited(run / "checkpoints/step-00000004", "state.json", best_step=1),
+        "the state of the lowest val loss, step-00000001, is missing",
+    ),
+    "facts flipped": (lambda run: _newer(run / "adapter", facts={"n": 1}), "differs from its own digest"),
     "arguments cut": (lambda run: (run / "run.yaml").write_text("lora_r: [1"), "run.yaml: it is no YAML"),
     "arguments empty": (lambda run: (run / "run.yaml").write_text(""), "no run's arguments"),
     "inputs": (lambda run: (run / "inputs.json").write_text("{"), "inputs.json"),
@@ -113,9 +132,15 @@ def _lines(run: Path, change: Callable[[list[str]], list[str]]) -> None:
     path.write_text("".join(f"{line}\n" for line in change(path.read_text().splitlines())))
 
 
-def _newer(directory: Path) -> None:
+def _newer(directory: Path, **changes: object) -> None:
     path = directory / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | (changes or {"format_version": 2})))
+
+
+def _edited(directory: Path, name: str, **changes: object) -> None:
+    """Fields of a JSON file changed, and its hash recorded anew."""
+    (directory / name).write_text(json.dumps(json.loads((directory / name).read_text()) | changes))
+    rehash(directory)
 
 
 @pytest.mark.parametrize("what", RUN_DAMAGE)

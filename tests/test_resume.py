@@ -17,6 +17,7 @@ from lightning.fabric.plugins import MixedPrecision
 from safetensors.torch import load_file, save_file
 from test_loop import data, full_args, lora_args, read_metrics  # noqa: F401 (data is a fixture)
 
+import lit_sft.estimate  # noqa: F401 (else it would keep a function that a test has replaced in loop)
 from finetune import full, lora
 from lit_sft import load_model, loop, optim, run
 from lit_sft.atomic import Manifest
