@@ -6,9 +6,7 @@ import glob
 import hashlib
 import json
 import os
-import re
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,6 +15,7 @@ from pathlib import Path
 from lit_sft import __version__
 from lit_sft.errors import InputError, NewerFormat
 from lit_sft.layout import MANIFEST
+from lit_sft.redact import command_line
 
 FORMAT_VERSION = 1
 LOCK = ".lock"
@@ -192,16 +191,6 @@ def lock(directory: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def without_secrets(text: str) -> str:
-    """``text`` with Hub tokens, and what follows a flag named like ``--access_token`` or a typo of it, as ``***``."""
-    return re.sub(r"\bhf_\w+\b(?![./])|(--(?!max)[\w-]*token[= ]\s*)[^\s;]+", r"\1***", text, flags=re.IGNORECASE)
-
-
-def command_line() -> str:
-    """The command as typed, without the secrets in it: they never reach a file."""
-    return without_secrets(" ".join(sys.argv))
 
 
 @dataclass

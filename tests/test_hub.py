@@ -307,7 +307,7 @@ def test_the_known_models(download):
 
 
 def test_fetch_url(tmp_path):
-    from lit_sft.hub import fetch_url
+    from lit_sft.transfer import fetch_url
 
     with HubServer({"org/data": Repo({"data.json": b"[1]", "late.json": b"[2]" * 999})}) as hub:
         path = tmp_path / "new" / "data.json"
