@@ -23,7 +23,11 @@ known: set[str] = set()
 def remember(*tokens: str | None) -> None:
     """From now on ``without_secrets`` knows these; a token of several lines also line by line."""
     words = [word for token in tokens if token for word in (token, *token.split())]
-    forms = {form for word in words for form in (word, repr(word)[1:-1], " ".join(word.split()), quote(word, safe=""))}
+    forms = {
+        form
+        for word in words
+        for form in (word, repr(word)[1:-1], " ".join(word.split()), quote(word, "", errors="replace"))
+    }
     known.update(form for form in forms if len(form) >= LEAST)
 
 

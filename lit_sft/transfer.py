@@ -18,10 +18,11 @@ try:
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import get_token_to_send, logging
 except ValueError as error:  # it reads the environment when it is imported
-    raise InputError(f"a variable HF_… of the environment is none: {error}; correct it, or unset it") from error
+    raise InputError(f"a variable HF_… of the environment cannot be used: {error}; correct it, or unset it") from error
 
 # a transfer that fails raises one of these; two are httpx's, a package whose name differs between client versions
 FAILURES = (HTTPError, sys.modules[HTTPError.__module__.partition(".")[0]].InvalidURL, OSError, ValueError)
+RESTARTS = 2  # of a body; the client itself has no limit while bytes come
 AS_IT_IS = "identity"
 logging.set_verbosity_error()  # the client's retries would be lines beside our one
 
@@ -60,17 +61,26 @@ def fetch_url(url: str, path: Path) -> Path:
 
 
 class _Bounded:
-    """A file for the client to write to, which takes ``size`` bytes and no more: a server may never end."""
+    """A file for the client to write to, which takes ``size`` bytes and no more: a server may never end.
+
+    Nor is it emptied for ever, for servers that break off and cannot go on.
+    """
 
     def __init__(self, file: BufferedWriter, size: int, told: str) -> None:
-        self.file, self.size, self.told = file, size, told
-        self.tell, self.seek, self.truncate = file.tell, file.seek, file.truncate
+        self.file, self.size, self.told, self.times = file, size, told, 0
+        self.tell, self.seek = file.tell, file.seek
 
     def write(self, chunk: bytes) -> int:
         if self.tell() + len(chunk) > self.size:
             Path(self.file.name).unlink()  # nothing to go on with
             raise InputError(self.told)
         return self.file.write(chunk)
+
+    def truncate(self) -> int:
+        self.times += 1
+        if self.times > RESTARTS:
+            raise ValueError("the body breaks off each time, and then begins anew")
+        return self.file.truncate()
 
 
 def _refuse_compressed(response: Any) -> None:
