@@ -34,9 +34,14 @@ class Args:
     def checks(self) -> dict[str, bool]:
         """Problem → whether it is there. Subclasses add their own to ``super().checks()``."""
         paths = [f.name for f in fields(self) if f.name.endswith(("_dir", "_path", "_file"))]
-        seed = getattr(self, "seed", 0)
+        seed, texts = getattr(self, "seed", 0), {k: v for k, v in vars(self).items() if isinstance(v, str)}
+        # a name of other bytes comes in disguise, and no manifest or page could hold it
+        broken = [
+            name for name, text in texts.items() if "\0" in text or text != text.encode(errors="replace").decode()
+        ]
         return {f"--{name} is empty": getattr(self, name) == "" for name in paths} | {
-            f"--seed {seed} must be in [0, 2**32)": not 0 <= seed < 2**32
+            **{f"--{name} is no UTF-8 text; rename what it names, or write it anew": True for name in broken},
+            f"--seed {seed} must be in [0, 2**32)": not 0 <= seed < 2**32,
         }
 
 

@@ -5,9 +5,7 @@ import glob
 import hashlib
 import json
 import os
-import re
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,6 +14,7 @@ from pathlib import Path
 from lit_sft import __version__
 from lit_sft.errors import InputError, NewerFormat
 from lit_sft.layout import MANIFEST
+from lit_sft.redact import command_line
 
 FORMAT_VERSION = 1
 
@@ -182,16 +181,6 @@ def sweep(parent: Path) -> None:
         recover(leftover)
     for leftover in parent.glob(".tmp-*"):
         _remove(leftover)
-
-
-def without_secrets(text: str) -> str:
-    """``text`` with Hub tokens, and what follows a flag named like ``--access_token`` or a typo of it, as ``***``."""
-    return re.sub(r"\bhf_\w+\b(?![./])|(--(?!max)[\w-]*token[= ]\s*)[^\s;]+", r"\1***", text, flags=re.IGNORECASE)
-
-
-def command_line() -> str:
-    """The command as typed, without the secrets in it: they never reach a file."""
-    return without_secrets(" ".join(sys.argv))
 
 
 @dataclass

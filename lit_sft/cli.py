@@ -17,9 +17,9 @@ from typing import Any, NoReturn, get_type_hints
 import jsonargparse
 
 import lit_sft
-from lit_sft.atomic import without_secrets
 from lit_sft.errors import InputError, Interrupted, RunFailed, stops, words
 from lit_sft.output import outliving
+from lit_sft.redact import remember_arguments, shortened, without_secrets
 
 SIGNALS = {signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGHUP: 129}  # and the exit codes of what they end
 UNFINISHED = "nothing is left half written"
@@ -32,17 +32,35 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Raise InputError with the complaint folded onto one line, in the user's words rather than Python's."""
-        text = without_secrets(" ".join(message.split()))
+        text = " ".join(message.split())
+        if "unrecognized arguments:" in text:
+            text = _unrecognized(text)
         text = re.sub(r"Does not .* Subtypes: \[(.+?), <class 'None.* value:", r"Expected a \1. Got value:", text)
         text = re.sub(r": Expected a (.+?)\. Got value:", r": expected \1, got", text)
         text = re.sub(r"<class '(\w+)'>|typing\.(Literal)", r"\1\2", re.sub(r'Parser key "(\w+)"', r"--\1", text))
+        text = re.sub(r"(--access_token: .*?, got ).*", r"\1something else", text)  # never its value
+        text = re.sub(r"(the tag '|Unexpected config: ).*?('|$)", r"\1…\2", text)  # which may be one
         if "expected one argument" in text:
             text += " (one that begins with a dash is written --FLAG=VALUE)"
         raise InputError(f"{text}; {self.prog} --help lists the flags")
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As the library's; InputError also for what YAML's own readers of numbers, dates or depth stumble over."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            self.error(f"a value cannot be read ({type(error).__name__}): write it as plain text, without YAML's tags")
+
     def dump(self, *args: Any, **kwargs: Any) -> str:
         """The text of --print_config: a token is not for files, so it is left out."""
         return re.sub(r"(?m)^(access_token:).*(\n .*)*", r"\1 null", super().dump(*args, **kwargs))
+
+
+def _unrecognized(message: str) -> str:
+    """What the parser did not know, by the names of flags alone: any value may be a token under a misspelt name."""
+    words = re.findall(r" (--?[a-z][\w-]*)", message.partition("unrecognized arguments:")[2], re.IGNORECASE)
+    names = [re.sub(r"(?i)(token)\w{2,}", r"\1…", name) for name in words]  # the = may have been forgotten
+    return f"unrecognized arguments: {' '.join(names) or 'a word that no flag takes'}"
 
 
 def _arguments(main: Callable) -> Any:
@@ -69,6 +87,8 @@ def make_parser(main: Callable, prog: str) -> Parser:
 def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) -> None:
     """Parse ``argv``, call ``main`` with its dataclass, and turn how it ends into the exit code of the contract."""
     argv = sys.argv[1:] if argv is None else argv
+    remember_arguments(argv)
+    _forget_rank(main)
     try:
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
@@ -132,6 +152,16 @@ def _named(main: Callable, argv: list[str]) -> list[str]:
     return [f"--{bare[0]}={argv[0]}", *argv[1:]] if bare and argv and not argv[0].startswith("-") else argv
 
 
+def _forget_rank(main: Callable) -> None:
+    """Drop a LOCAL_RANK that some other program left in the environment: it would silence this command's error."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        return
+    started = "WORLD_SIZE" in os.environ and any(f.name == "devices" for f in fields(_arguments(main)))
+    if not (started and os.environ.get("LOCAL_RANK", "").isdecimal()):
+        os.environ.pop("LOCAL_RANK", None)
+
+
 def _stop(number: int, _: object) -> None:
     stops.append(SIGNALS[number])
     raise Interrupted(f"error: stopped by {signal.Signals(number).name}; {UNFINISHED}", stops[-1])
@@ -142,9 +172,8 @@ def _complain(error: BaseException, argv: list[str], code: int, message: str | N
         if re.search(r"--debug[= ](true|yes)\b", " ".join(argv), re.IGNORECASE):
             print(without_secrets("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         if code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes that see the same, one says it
-            for line in getattr(error, "details", ()):
-                print(" ".join(line.split()), file=sys.stderr)
-            print("error: " + " ".join((message or words(error)).split()), file=sys.stderr, flush=True)
+            for line in (*getattr(error, "details", ()), f"error: {message or words(error)}"):
+                print(shortened(without_secrets(" ".join(line.split()))), file=sys.stderr, flush=True)
     return code
 
 
@@ -175,7 +204,8 @@ def main() -> None:
             + "\nlit-sft COMMAND --help lists its flags"
         )
         if name not in ("__help", "_h", "help"):
-            print(f"error: unknown command {without_secrets(sys.argv[1])!r}; they are listed above", file=sys.stderr)
+            said = repr(without_secrets(sys.argv[1]))
+            print(shortened(f"error: unknown command {said}; they are listed above"), file=sys.stderr)
             sys.exit(2)
 
 

@@ -21,6 +21,7 @@ from lit_sft.styles import PLAIN
 from lit_sft.tokenizer import Tokenizer
 
 SAMPLE_PROMPT = "What food do llamas eat?"
+MOST_TYPED = 10**7  # characters read of standard input, beyond any model's context
 SAMPLE_TOKENS = 64
 SHOWN_TOKENS = 24  # of the prompt, whose beginning is the style's and always the same
 
@@ -124,6 +125,20 @@ def _one_line(text: str) -> str:
     return "".join(c for c in " ".join(text.split()) if c.isprintable())
 
 
+def _typed() -> str:
+    """What comes on standard input; InputError where that is closed, without end, or no text."""
+    try:
+        text = sys.stdin.read(MOST_TYPED) if sys.stdin else ""
+        text.encode()  # in the C locale what is no text comes in disguise
+    except ValueError as error:
+        raise InputError(f"--prompt -: standard input is no UTF-8 text ({error}); convert it") from None
+    if not 0 < len(text) < MOST_TYPED:
+        raise InputError(
+            f"--prompt -: standard input is {'too long' if text else 'empty or closed'}; give it the prompt"
+        )
+    return text
+
+
 def answers(args: GenerateArgs) -> Iterator[Iterator[str]]:
     """For each of ``args.num_samples`` answers the pieces of its text, as they are made.
 
@@ -141,7 +156,7 @@ def answers(args: GenerateArgs) -> Iterator[Iterator[str]]:
     style = style or default_style(tokenizer, otherwise=PLAIN)
     system = trained.get("system_prompt") if args.system_prompt is None else args.system_prompt
     ends = trained.get("stop_ids") or (tokenizer.stop_ids if style == PLAIN else stop_ids(style, tokenizer))
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = _typed() if args.prompt == "-" else args.prompt
     prompt_ids = encode_prompt(with_system((Message("user", prompt, args.input),), system), style, tokenizer)
     device = pick_device(args.device)
     dtype = BASE_DTYPE[args.precision] if args.precision else None if device == "cuda" else torch.float32

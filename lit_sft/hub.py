@@ -6,17 +6,11 @@ ends, and never compares what came with the hash that the Hub states.
 
 import hashlib
 import json
-import os
 import re
 import shlex
 import shutil
 from pathlib import Path
-
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RevisionNotFoundError
-from huggingface_hub.file_download import http_get
-from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils import build_hf_headers, get_token_to_send
+from typing import Any
 
 from lit_sft.args import DownloadArgs
 from lit_sft.atomic import fsync, sha256_of, write_atomically
@@ -24,6 +18,15 @@ from lit_sft.errors import InputError
 from lit_sft.families.repositories import REPOSITORIES
 from lit_sft.layout import CHECKPOINTS, DOWNLOAD_RECORD, HF_CONFIG, MANIFEST, TOKENIZER_FILES
 from lit_sft.locks import lock
+from lit_sft.redact import without_secrets
+from lit_sft.transfer import FAILURES, hub_token, said, transfer
+
+# isort: split
+# after transfer, which says what is wrong with the environment that this reads when it is imported
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import build_hf_headers
 
 SMALL_FILES = {HF_CONFIG, *TOKENIZER_FILES}
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is enough
@@ -31,8 +34,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # unless they are sharded
 SAFETENSORS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 PICKLED = r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?"
 NO_RECORD = {"repo_id": None, "revision": None, "commit": None, "files": {}}
-# a transfer that fails raises one of these; HTTPError is httpx's, a package whose name differs between client versions
-FAILURES = (HTTPError, OSError, ValueError)
+NONSENSE = (TypeError, KeyError, AttributeError, RecursionError)  # what the client raises for JSON that no Hub sends
 
 
 def list_models() -> str:
@@ -49,19 +51,16 @@ def download(args: DownloadArgs) -> Path:
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", args.repo_id or "", re.ASCII):
         raise InputError(f"--repo_id {args.repo_id!r} is not of the form ORG/MODEL; without it, known ones are listed")
-    token = (get_token_to_send(args.access_token or None) or "").strip()
-    if not re.fullmatch(r"[!-~]*", token):
-        raise InputError("the Hub token contains a character that no token has; copy it again")
+    token = hub_token(args.access_token)
     directory = Path(args.checkpoint_dir or CHECKPOINTS / args.repo_id)
     record = _read_record(directory)
     if record["repo_id"] not in (None, args.repo_id):
         raise InputError(f"{directory} holds {record['repo_id']}; name another --checkpoint_dir for {args.repo_id}")
     try:
-        api, seconds = HfApi(token=token or False), constants.HF_HUB_ETAG_TIMEOUT
-        info = api.model_info(args.repo_id, revision=args.revision, files_metadata=True, timeout=seconds)
-        plan = _choose(args, {file.rfilename: file for file in info.siblings or ()})
-        address = hf_hub_url(args.repo_id, HF_CONFIG, revision=info.sha)
-        get_hf_file_metadata(address, token=token or False, timeout=seconds)  # may we read it? ask before writing
+        present, commit = _describe(args, token)
+        plan = _choose(args, present)
+        address = hf_hub_url(args.repo_id, HF_CONFIG, revision=commit)
+        get_hf_file_metadata(address, token=token or False, timeout=constants.HF_HUB_ETAG_TIMEOUT)  # may we read it?
     except FAILURES as error:
         cause, temporary = _explain(error, args, token)
         lacks = _missing(directory, record)
@@ -71,11 +70,12 @@ def download(args: DownloadArgs) -> Path:
             cause += f"; {directory} lacks {', '.join(lacks)}"
         if not temporary or lacks:
             raise InputError(cause) from None
-        print(f"{cause}\nNot needed: {directory} is complete.")
+        print(f"{without_secrets(cause)}\nNot needed: {directory} is complete.")
     else:
+        record = _with_own(directory, record, plan, commit, args)
         with lock(directory):
-            _settle(directory, record, plan, info.sha, args)
-            _fetch(directory, plan, info.sha, args, token)
+            _settle(directory, record, plan, commit, args)
+            _fetch(directory, plan, commit, args, token)
             if lacks := _missing(directory, _read_record(directory)):
                 raise InputError(f"{args.repo_id} is itself incomplete: it lacks {', '.join(lacks)}")
     print(f"files: {directory}")
@@ -83,30 +83,25 @@ def download(args: DownloadArgs) -> Path:
     return directory
 
 
-def fetch_url(url: str, path: Path) -> Path:
-    """Fetch a file from an http(s) address to ``path``, which is returned; replaced only by a whole file.
-
-    No token is sent. InputError: the address is not one, or does not give the file.
-    """
-    if not re.fullmatch(r"https?://[^\s/:?#]+(:\d+)?([/?#]\S*)?", url):
-        raise InputError(f"{url!r} is not an http or https address")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+def _describe(args: DownloadArgs, token: str) -> tuple[dict[str, RepoSibling], str]:
+    """Name → file of the repository, and its commit; one of FAILURES, or InputError for what is no description."""
+    api, strange = HfApi(token=token or False), f"{constants.ENDPOINT} describes {args.repo_id} as no Hub does"
     try:
-        _transfer(url, partial, {}, None, path.name)
-        fsync(partial)
-        return partial.rename(path)
-    except FAILURES as error:
-        if getattr(error, "errno", None):  # the disk's, not the network's
-            raise
-        raise InputError(f"{url} cannot be fetched: {_said(error)}; check the address and the network") from None
-    finally:
-        partial.unlink(missing_ok=True)
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        info = api.model_info(args.repo_id, revision=args.revision, files_metadata=True, timeout=timeout)
+    except NONSENSE as error:
+        raise InputError(f"{strange} ({type(error).__name__}: {error}); set HF_ENDPOINT to a real Hub") from error
+    files, commit = info.siblings or [], info.sha
+    if not (isinstance(commit, str) and re.fullmatch(r"[0-9a-f]{40}", commit)):
+        raise InputError(f"{strange} (its commit is {commit!r}); set HF_ENDPOINT to a real Hub")
+    if unnamed := [file.rfilename for file in files if not isinstance(file.rfilename, str)]:
+        raise InputError(f"{strange} (a file's name is {unnamed[0]!r}); set HF_ENDPOINT to a real Hub")
+    return {file.rfilename: file for file in files}, commit
 
 
 def _choose(args: DownloadArgs, present: dict[str, RepoSibling]) -> dict[str, dict]:
     """Name → bytes and hash of what to take. Only plain names are ever matched, so none can leave the directory."""
-    safetensors, pickled = ([name for name in present if re.fullmatch(p, name)] for p in (SAFETENSORS, PICKLED))
+    safetensors, pickled = ([n for n in present if re.fullmatch(p, n, re.ASCII)] for p in (SAFETENSORS, PICKLED))
     weights = safetensors if safetensors and args.from_safetensors else pickled
     lacks = [] if weights else [" or ".join(WEIGHTS if args.from_safetensors else WEIGHTS[1:])]
     lacks += [] if HF_CONFIG in present else [HF_CONFIG]
@@ -116,9 +111,30 @@ def _choose(args: DownloadArgs, present: dict[str, RepoSibling]) -> dict[str, di
     taken = [present[name] for name in (*weights, *(SMALL_FILES & present.keys()))]
     plan = {f.rfilename: {"bytes": f.size, "hash": f.lfs.sha256 if f.lfs else f.blob_id} for f in taken}
     for name, fact in plan.items():
-        if type(fact["bytes"]) is not int or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", str(fact["hash"])):
+        if not _is_fact(fact):
             raise InputError(f"{constants.ENDPOINT} states no size and hash of {name}; set HF_ENDPOINT to a real Hub")
     return plan
+
+
+def _is_fact(fact: Any) -> bool:
+    """Whether this says bytes and hash of a file."""
+    size, digest = (fact.get("bytes"), fact.get("hash")) if isinstance(fact, dict) else (None, None)
+    known = isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest)
+    return type(size) is int and 0 <= size < 2**63 and bool(known)
+
+
+def _with_own(directory: Path, record: dict, plan: dict[str, dict], commit: str, args: DownloadArgs) -> dict:
+    """The record; of a directory without one, that its files of the planned names are the Hub's, as they must be.
+
+    Otherwise they are somebody's own, which nothing may replace: InputError.
+    """
+    if record["commit"] is not None:
+        return record
+    here = [name for name in sorted(plan) if (directory / name).is_file()]
+    if own := [name for name in here if not _is_right(directory / name, plan[name])]:
+        told = f"{directory} holds {', '.join(own)} of its own, other than {args.repo_id} has, and no record"
+        raise InputError(f"{told}; name another --checkpoint_dir, or move them away")
+    return NO_RECORD | {"commit": commit, "files": {name: plan[name] for name in here}}
 
 
 def _settle(directory: Path, record: dict, plan: dict[str, dict], commit: str, args: DownloadArgs) -> None:
@@ -142,7 +158,7 @@ def _fetch(directory: Path, plan: dict[str, dict], commit: str, args: DownloadAr
         path, partial = directory / name, directory / f".{name}.{plan[name]['hash'][:12]}.part"
         url, headers = hf_hub_url(args.repo_id, name, revision=commit), build_hf_headers(token=token or False)
         try:
-            _transfer(url, partial, headers, plan[name]["bytes"], name)
+            transfer(url, partial, headers, plan[name]["bytes"], name)
         except FAILURES as error:
             if getattr(error, "errno", None):  # the disk's, not the network's
                 raise
@@ -158,15 +174,6 @@ def _fetch(directory: Path, plan: dict[str, dict], commit: str, args: DownloadAr
     print(f"{len(absent)} of {len(plan)} files fetched, commit {commit}")
 
 
-def _transfer(url: str, partial: Path, headers: dict[str, str], size: int | None, name: str) -> None:
-    """Append to ``partial`` what it lacks of ``size`` bytes; one of FAILURES when the connection does not give it."""
-    if partial.is_file() and partial.stat().st_size > (size or 0):
-        partial.unlink()
-    headers = headers | {"Accept-Encoding": "identity"}  # the rest of a compressed body could not be asked for
-    with partial.open("ab") as file:
-        http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=size, displayed_filename=name)
-
-
 def _is_right(path: Path, fact: dict | None, known: dict | None = None) -> bool:
     """Whether a file is as the Hub states it; not hashed if an earlier run verified it as just that (``known``)."""
     if fact is None or not path.is_file() or path.stat().st_size != fact["bytes"]:
@@ -179,11 +186,17 @@ def _is_right(path: Path, fact: dict | None, known: dict | None = None) -> bool:
 
 
 def _read_record(directory: Path) -> dict:
-    """What an earlier run wrote down; its fields are there, and empty, when there was none."""
+    """What an earlier run wrote down; its fields are there, and empty, when there was none or it is damaged."""
     try:
-        return NO_RECORD | json.loads((directory / DOWNLOAD_RECORD).read_text())
+        record = NO_RECORD | json.loads((directory / DOWNLOAD_RECORD).read_text())
     except (OSError, ValueError, TypeError, RecursionError):
         return NO_RECORD
+    texts = [record[name] for name in ("repo_id", "revision", "commit")]
+    files = record["files"].items() if isinstance(record["files"], dict) else [("/", None)]
+    sound = all(isinstance(text, str | None) for text in texts) and all(
+        Path(name).name == name and _is_fact(fact) for name, fact in files
+    )
+    return record if sound else NO_RECORD
 
 
 def _missing(directory: Path, record: dict) -> list[str]:
@@ -218,14 +231,7 @@ def _explain(error: Exception, args: DownloadArgs, token: str) -> tuple[str, boo
         hidden = "the token's account must see it" if token else give
         return f"{hub} has no repository {args.repo_id} ({status}): check the name; if it is private, {hidden}", False
     if status not in (None, 408, 429) and status < 500:
-        return f"{hub} refuses {args.repo_id}: {_said(error)}", False
+        return f"{hub} refuses {args.repo_id}: {said(error)}", False
     wait = response.headers.get("Retry-After") if response is not None else None
     hint = f"wait {wait} s" if wait else "wait a little" if status else "check the network"
-    return f"{hub} cannot be read: {_said(error)}; {hint} and run again, what came is kept", True
-
-
-def _said(error: Exception) -> str:
-    """The error on one line; of an HTTP status only that, as the client's own text is long and advises wrongly."""
-    if isinstance(error, HfHubHTTPError):
-        return f"it answers {error.response.status_code} ({error.response.reason_phrase})"
-    return "the body has the wrong length" if type(error) is OSError else f"{type(error).__name__}: {error}"
+    return f"{hub} cannot be read: {said(error)}; {hint} and run again, what came is kept", True

@@ -5,7 +5,7 @@ The only module that imports ``datasets``, where it is used, for that takes seco
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -42,12 +42,16 @@ class HubDataset:
 
 def hub_rows(source: HubDataset) -> Iterator[Row]:
     """The rows of a Hub dataset; InputError says why there are none. No code of the repository is ever run."""
+    from lit_sft.transfer import hub_token  # the Hub's library, as the next one, is slow to import
+
+    # isort: split
     from datasets import load_dataset
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source.repo_id):
         raise InputError(
             f"--data_repo_id {source.repo_id!r} is not of the form ORG/NAME; --data_file names a local file"
         )
+    source = replace(source, token=hub_token(source.token) or None)
     files = {source.split: list(source.files)} if source.files else None
     arguments = {"data_files": files, "split": source.split, "token": source.token}
     try:

@@ -20,6 +20,7 @@ from lit_sft.locks import lock
 from lit_sft.mixing import MixedSource, with_flags
 from lit_sft.prepare_args import PrepareArgs
 from lit_sft.prompts import resolve_style, style_label
+from lit_sft.redact import without_address_secrets
 from lit_sft.report import show_examples, write_data_report
 from lit_sft.rows import Columns
 from lit_sft.samples import default_style, stop_ids
@@ -73,7 +74,9 @@ def prepare_mix(args: PrepareArgs, sources: list[MixedSource], name: str) -> Pat
         "max_seq_length": max_seq_length,
         "order": args.order,
         "arguments": {
-            k: v for k, v in asdict(args).items() if k not in ("access_token", "debug", "num_workers", "show")
+            k: without_address_secrets(v) if isinstance(v, str) else v
+            for k, v in asdict(args).items()
+            if k not in ("access_token", "debug", "num_workers", "show")
         },
     }
     destination = Path(args.destination_path or Path("data") / name)

@@ -75,7 +75,7 @@ def _local(given: str, name: str | None = None) -> Path:
     """The file that is ``given``; an address is fetched into data/, as ``name`` or by its own."""
     if "://" not in given:
         return Path(given)
-    from lit_sft.hub import fetch_url  # here, as the Hub's library is slow to import
+    from lit_sft.transfer import fetch_url  # here, as the Hub's library is slow to import
 
     return fetch_url(given, DATA / Path(name or given.partition("?")[0].rstrip("/")).name)
 

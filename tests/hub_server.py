@@ -14,6 +14,7 @@ does not know.
 """
 
 import argparse
+import gzip
 import hashlib
 import io
 import json
@@ -69,7 +70,8 @@ class Fault:
     """What goes wrong with a file (or with the name "api"), for the first ``times`` requests.
 
     ``kind``: a status such as "429" or "500"; "hang"; "short" (the connection breaks halfway through the body);
-    "flipped" (a bit of the body differs).
+    "flipped" (a bit of the body differs); "endless" (chunks without end); "gzip" (a compressed body that nobody asked
+    for); "again" (the body breaks off, and no range of it is to be had).
     """
 
     kind: str
@@ -85,6 +87,8 @@ class Repo:
     branches: dict[str, dict[str, bytes | Path]] = field(default_factory=dict)
     token: str | None = None
     faults: dict[str, Fault] = field(default_factory=dict)
+    description: bytes | None = None
+    """What the Hub says of it in place of the truth."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Repo":
@@ -193,7 +197,9 @@ class _Handler(BaseHTTPRequestHandler):
             commit, files = self.at(repo, unquote(revision or "main"))
             self.meet_fault(repo, "api")
             headers = {"X-Repo-Commit": commit}
-            if action in (None, "revision"):
+            if action in (None, "revision") and repo.description is not None:
+                self.send_body(repo.description, 200, headers)
+            elif action in (None, "revision"):
                 self.send_json(self.info(repo_id, repo, commit, files, "blobs" in query), headers=headers)
             elif action == "tree":
                 recursive = query.get("recursive") in (["true"], ["True"], ["1"])
@@ -291,18 +297,27 @@ class _Handler(BaseHTTPRequestHandler):
     def send_file(self, repo: Repo, name: str, file: File, headers: dict[str, str]) -> None:
         fault = self.meet_fault(repo, name) if self.command == "GET" else None
         start, end = 0, file.size
+        if fault and fault.kind == "again":
+            del self.headers["Range"]
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
             start, end = int(match[1]), min(int(match[2] or file.size) + bool(match[2]), file.size)
             headers |= {"Content-Range": f"bytes {start}-{end - 1}/{file.size}"}
             if start >= end:
                 raise _Refusal(416, None, "Range not satisfiable", {"Content-Range": f"bytes */{file.size}"})
+        if fault and fault.kind == "endless":
+            self.send_head(200, headers | {"Transfer-Encoding": "chunked"})
+            while not self.hub.stopping.is_set():
+                self.wfile.write(b"%x\r\n%b\r\n" % (CHUNK, bytes(CHUNK)))
+        if fault and fault.kind == "gzip":
+            self.send_body(gzip.compress(bytes(9 * CHUNK)), 200, headers | {"Content-Encoding": "gzip"})
+            return
         headers |= {"Content-Length": str(end - start), "Accept-Ranges": "bytes"}
         self.send_head(206 if "Content-Range" in headers else 200, headers)
         if self.command == "HEAD":
             return
         with file.open() as content:
             content.seek(start)
-            if fault and fault.kind == "short":
+            if fault and fault.kind in ("short", "again"):
                 self.wfile.write(content.read((end - start) // 2))
                 self.close_connection = True
             elif fault and fault.kind == "flipped":
@@ -321,9 +336,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send_json(self, value: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        body = json.dumps(value).encode()
+        self.send_body(json.dumps(value).encode(), status, headers or {})
+
+    def send_body(self, body: bytes, status: int, headers: dict[str, str]) -> None:
         kind = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-        self.send_head(status, kind | (headers or {}))
+        self.send_head(status, kind | headers)
         if self.command != "HEAD":
             self.wfile.write(body)
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,10 +21,12 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, instruction_texts, make_hf_llama
+from hub_server import HubServer, Repo
 
 from lit_sft import cli
 from lit_sft.args import Args, ConvertArgs, MergeArgs
-from lit_sft.atomic import command_line, without_secrets
+from lit_sft.errors import InputError
+from lit_sft.redact import LONGEST, command_line, without_secrets
 
 COMMANDS = sorted(cli.commands())
 TRAINING = ("full", "lora")
@@ -431,10 +434,10 @@ def test_defaults_satisfy_their_own_types(name: str):
 
 NO_SUCH_THING: list[tuple[str, str, list[str], str]] = [
     # the flags themselves
-    ("unknown flag", "lora", ["--batch_size", "4"], "unrecognized arguments: --batch_size 4"),
-    ("stray word", "generate", ["hello"], "unrecognized arguments: hello"),
+    ("unknown flag", "lora", ["--batch_size", "4"], "unrecognized arguments: --batch_size;"),
+    ("stray word", "generate", ["hello"], "unrecognized arguments: a word that no flag takes"),
     ("abbreviated flag", "generate", ["--check", "checkpoints/test/base"], "unrecognized arguments: --check"),
-    ("abbreviated to the last letter", "lora", ["--lora_alph=3"], "unrecognized arguments: --lora_alph=3"),
+    ("abbreviated to the last letter", "lora", ["--lora_alph=3"], "unrecognized arguments: --lora_alph;"),
     ("hyphens", "generate", ["--lora-path", "x"], "unrecognized arguments: --lora-path"),
     ("no value", "generate", ["--prompt"], "--prompt: expected one argument"),
     ("a value with a dash", "generate", ["--prompt", "--what"], "--FLAG=VALUE"),
@@ -582,6 +585,13 @@ NO_SUCH_THING: list[tuple[str, str, list[str], str]] = [
     ("empty prompt", "generate", ["--checkpoint_dir=test/base", "--prompt="], "--prompt is empty"),
     ("long prompt", "generate", ["--checkpoint_dir=test/base", "--prompt=" + "llama " * 600], "model takes 1 to 511"),
     ("repository", "download", ["--repo_id", "llama"], "'llama' is not of the form ORG/MODEL"),
+    # what is no text, or far too much of it
+    ("a name that is no text", "prepare_csv", ["--csv_path=\udcff.csv", "--checkpoint_dir=test/base"], "is no UTF-8"),
+    ("a folder that is no text", "prepare_csv", ["--csv_path=my.csv", "--destination_path=\udcff"], "is no UTF-8 text"),
+    ("a prompt that is no text", "generate", ["--prompt=\udcff", "--checkpoint_dir=test/base"], "--prompt is no UTF-8"),
+    ("a long name", "verify", ["x" * 9_000], "x … x"),
+    ("a long number", "lora", ["--seed=" + "9" * 4_000], " … "),
+    ("a long style", "generate", ["--checkpoint_dir=test/base", "--prompt_style=" + "x" * 9_000], "x … x"),
     # --config
     ("no config", "lora", ["--config", "none.yaml"], "none.yaml"),
     ("config is a folder", "lora", ["--config", "data"], "--config"),
@@ -593,7 +603,8 @@ NO_SUCH_THING: list[tuple[str, str, list[str], str]] = [
 )
 def test_wrong_input_is_refused_in_one_line(name: str, argv: list[str], says: str, world: Path, command: Callable):
     before = listing(world)
-    assert says in command(name, *argv).refusal()
+    line = command(name, *argv).refusal()
+    assert says in line and len(line) <= LONGEST
     assert listing(world) == before
 
 
@@ -616,6 +627,10 @@ def test_wrong_input_is_refused_in_one_line(name: str, argv: list[str], says: st
         ("class_path: subprocess.Popen\ninit_args: {args: [touch, pwned]}\n", "is not accepted"),
         ("prompt: !!python/object/apply:subprocess.call [[touch, pwned]]\n", "could not determine a constructor"),
         ("prompt: {a: b}\n", "--prompt: expected str"),
+        ("seed: !!int x\n", "cannot be read (ValueError)"),
+        ("seed: !!timestamp x\n", "cannot be read (AttributeError)"),
+        ('prompt: "\\ud800"\n', "found invalid Unicode character escape code"),
+        ('checkpoint_dir: "a\\0"\n', "--checkpoint_dir is no UTF-8 text"),
     ],
 )
 def test_a_wrong_config_file_is_refused_and_runs_nothing(
@@ -661,6 +676,34 @@ def test_nothing_to_resume(world: Path, command: Callable):
     says = command("lora", "--data_dir=data/csv", "--resume=out/y/z", "--out_dir=out/y", "--device=cpu").refusal()
     assert "out/y holds no run to go on with" in says
     assert not (world / "out" / "y" / "run.yaml").exists()
+
+
+@pytest.mark.parametrize("rank", ["1", "abc"])
+def test_a_rank_of_another_programs_processes_silences_nothing(rank: str, world: Path, command: Callable, monkeypatch):
+    """What a launcher left in the environment; of processes that train together the first one speaks alone."""
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    command("generate", "--checkpoint_dir", "test/none").refusal()
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    command("lora", "--data_dir=data/none").refusal()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command("lora", "--data_dir=data/none") == Outcome(2, "", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("printf 'a\\377' |", "is no UTF-8 text"),
+        ("</dev/null", "is empty"),
+        ("<&-", "closed"),
+        ("</dev/zero", "too long"),
+    ],
+)
+def test_standard_input_that_is_no_prompt(given: str, says: str, world: Path):
+    run = shlex.join([*doors("generate")["lit-sft"], "--prompt", "-", "--checkpoint_dir=test/base"])
+    command = f"{given} {run}" if given.endswith("|") else f"{run} {given}"
+    for locale in ({"PYTHONIOENCODING": "utf-8:strict"}, {"LC_ALL": "C"}):
+        assert says in process(["bash", "-c", command], world, **locale).refusal()
 
 
 def test_debug_shows_where(world: Path, command: Callable):
@@ -822,6 +865,56 @@ def test_a_token_is_never_shown(typed: list[str], secret: str, command: Callable
         assert outcome.code == (0 if typed[-1] in ("--print_config", "--help") else 2)
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        *("--access_tokens={}", "--access_tokn={}", "--hf_token:{}", "--access_token[0]={}", "--access_token.x={}"),
+        *("--access_token{}", "{}", "--token:{} {}"),
+        *("access_token: [{}]", "access_token: {{a: {}}}", "access_token: !!python/name:{} x", "access_token: !{} x"),
+        *("access_token: !<{}> x", "access_token: !!int {}", "access_token {}", "- {}", "access_token: 1{}: 2"),
+    ],
+)
+def test_what_the_parser_does_not_take_for_a_token_is_not_shown_either(typed: str, command: Callable, tmp_path: Path):
+    """Under a misspelt flag, in an index, in a config file: however short it is."""
+    for secret in ("SECX", OTHER_SECRET):
+        text = typed.format(*[secret] * 2)
+        (tmp_path / "flags.yaml").write_text(text)
+        argv = ["--config", str(tmp_path / "flags.yaml")] if " " in typed and "--" not in typed[:2] else text.split()
+        outcome = command("download", *argv)
+        assert outcome.refusal() and secret not in outcome.stdout + outcome.stderr
+
+
+def test_a_token_of_several_lines_is_never_shown(world: Path, command: Callable):
+    """The client prints the header that it refuses, so it is refused before."""
+    flags = ["--repo_id=d/s", "--checkpoint_dir=test/base", "--destination_path=new"]
+    says = command("prepare_alpaca", *flags, f"--access_token={OTHER_SECRET}\n\nb").refusal()
+    assert "contains a character that no token has" in says and OTHER_SECRET not in says
+    assert not (world / "new").exists()
+
+
+def test_every_line_is_without_known_tokens(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    """Whoever wrote them, in whatever form; and without what logs in to an address, or signs it."""
+    said = f"{SECRET}. http://{OTHER_SECRET}@h/ http://a:{OTHER_SECRET}@h:1/x?a={OTHER_SECRET}#{OTHER_SECRET}; more"
+    forms = ["a word/of mine", "'a word/of\\nmine", "a%20word%2Fof%0Amine", "an environment's", "s3://u:a/b@c/d"]
+
+    def main(args: ConvertArgs) -> None:
+        raise InputError(" and ".join([said, *forms]), ["details: an environment's", said])
+
+    monkeypatch.setenv("HF_TOKEN", "an environment's")
+    with pytest.raises(SystemExit):
+        cli.run(main, ["--checkpoint_dir=x", "--debug=true"], prog="x")
+    assert "a word/of mine" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        remembered = cli.remember_arguments
+        monkeypatch.setattr(
+            cli, "remember_arguments", lambda argv: remembered([*argv, "--access_token=a word/of\nmine"])
+        )
+        cli.run(main, ["--checkpoint_dir=x", "--debug=true"], prog="x")
+    text = capsys.readouterr().err.splitlines()[-1]
+    shown = "error: ***. http://***@h/ http://***@h:1/x?***; more and *** and '*** and *** and *** and s3://***@c/d"
+    assert text == shown
+
+
 def test_a_misplaced_token_is_never_shown(command: Callable, lit_sft: Callable, tmp_path: Path):
     (tmp_path / "flags.yaml").write_text(f"max_new_tokens: {SECRET}\n")
     for outcome in (
@@ -838,6 +931,7 @@ def test_a_misplaced_token_is_never_shown(command: Callable, lit_sft: Callable, 
 
 def test_what_looks_like_no_secret_stays():
     text = (
+        "give --access_token or set HF_TOKEN; hf_model.py "
         "lit-sft lora --max_new_tokens 5 --max_token 3 --micro_batch_tokens=8 convert_hf_checkpoint --prompt a token b"
     )
     assert without_secrets(text) == text
@@ -849,6 +943,35 @@ def test_the_recorded_command_has_no_token(typed: list[str], monkeypatch: pytest
     assert OTHER_SECRET not in command_line()
     assert command_line().startswith("download.py --repo_id a/b --access_token")
     assert command_line().endswith("*** --revision main")
+
+
+@pytest.mark.parametrize(
+    ("typed", "recorded"),
+    [
+        (["--access_token=a b;c d", "--seed=1"], "--access_token=*** --seed=1"),
+        (["--access_token", "a b;c", "--seed=1"], "--access_token *** --seed=1"),
+        (["--csv_path=https://me:a b@h/f.csv?token=x y&s=z#w"], "--csv_path=https://***@h/f.csv?***"),
+        (["--csv_path", f"http://h:80/{SECRET}/f.csv"], "--csv_path http://h:80/***/f.csv"),
+    ],
+)
+def test_secrets_are_found_word_by_word(typed: list[str], recorded: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["prepare_csv.py", *typed])
+    assert command_line() == f"prepare_csv.py {recorded}"
+
+
+def test_an_address_is_saved_without_what_signs_it(made: Path, command: Callable, tmp_path: Path, monkeypatch):
+    content = (ROOT / "demo" / "instructions.csv").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    with HubServer({"org/data": Repo({"d.csv": content})}) as hub:
+        url = f"{hub.url}/org/data/resolve/main/d.csv?token={OTHER_SECRET}&X-Amz-Signature={OTHER_SECRET}"
+        flags = [f"--csv_path={url}", f"--checkpoint_dir={made}/checkpoints/test/base", "--destination_path=new"]
+        monkeypatch.setattr(sys, "argv", ["prepare_csv.py", *flags])
+        outcome = command("prepare_csv", *flags)
+    assert OTHER_SECRET not in outcome.ok() + outcome.stderr
+    assert json.loads((tmp_path / "new/manifest.json").read_text())["facts"]["arguments"]["data_file"].endswith(
+        "/d.csv?***"
+    )
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and OTHER_SECRET.encode() in p.read_bytes()]
 
 
 def test_both_doors_do_the_same_and_keep_the_token_to_themselves(world: Path, tmp_path: Path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_server import Fault, HubServer, Repo
@@ -284,6 +285,91 @@ def test_a_hub_in_trouble(download, tmp_path):
         assert "answers 503" in said and "is complete" in said
 
 
+def test_a_body_longer_than_stated(download, tmp_path):
+    """Chunks without end, and a compressed body: neither fills the disk, nor the screen with the client's words."""
+    repo = Repo(BASE | {"model.safetensors": WEIGHTS})
+    with HubServer({"org/model": repo}) as hub:
+        for kind, says in (("endless", "gives more than 1,048,576 bytes"), ("gzip", "a compressed body (gzip)")):
+            repo.faults = {"model.safetensors": Fault(kind)}
+            outcome = download(hub.url, "--repo_id", "org/model")
+            assert says in outcome.error() and "what came is kept" not in outcome.stderr
+            assert names(folder(tmp_path)) == {*BASE}
+            assert sum(path.stat().st_size for path in folder(tmp_path).iterdir()) < 10_000
+            assert "resume" not in outcome.stderr
+        repo.faults = {}
+        download(hub.url, "--repo_id", "org/model").ok()
+
+
+def test_a_model_without_a_record_is_somebodys_own(download, tmp_path):
+    """What was edited, and converted, by hand is not replaced; what is the Hub's, whoever fetched it, is taken over."""
+    with HubServer({"org/model": Repo(BASE | {"model.safetensors": WEIGHTS})}) as hub:
+        download(hub.url, "--repo_id", "org/model").ok()
+        directory = folder(tmp_path)
+        (directory / "manifest.json").write_text("converted")
+        for record in ("{}", '{"files": []}', '{"files": {"../x": {}}}', "[" * 99_999):
+            (directory / "download.json").write_text(record)
+            assert "0 of 3 files" in download(hub.url, "--repo_id", "org/model").ok()
+            assert (directory / "manifest.json").exists()
+            (directory / "download.json").write_text(record)
+            (directory / "config.json").write_text("mine")
+            before = {path: path.read_bytes() for path in directory.iterdir()}
+            error = download(hub.url, "--repo_id", "org/model").error()
+            assert "holds config.json of its own" in error and "another --checkpoint_dir" in error
+            assert before == {path: path.read_bytes() for path in directory.iterdir()}
+            (directory / "config.json").write_bytes(BASE["config.json"])
+
+
+FILE = {"rfilename": "vocab.json", "size": 3, "blobId": "a" * 40}
+OTHERS = [{"rfilename": name, "size": 3, "blobId": "a" * 40} for name in (*BASE, "model.safetensors")]
+WHOLE = {"id": "org/model", "sha": "b" * 40, "siblings": [*OTHERS, FILE]}
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        *([], None, "x", 5, {}, {"id": 5}),
+        *(WHOLE | {"siblings": wrong} for wrong in ("x", [1], [{}], [[]], 5)),
+        *(WHOLE | {"siblings": [*OTHERS, FILE | {"rfilename": wrong}]} for wrong in (None, 5, ["x"])),
+        *(WHOLE | {"siblings": [*OTHERS, FILE | {"lfs": wrong}]} for wrong in ("x", [1], {"size": 3})),
+        *(WHOLE | {"siblings": [*OTHERS, FILE | {"size": wrong}]} for wrong in (-5, 10**400, "9")),
+        *(WHOLE | {"siblings": [*OTHERS, FILE | {"blobId": wrong}]} for wrong in (5, int("1" * 40))),
+        *(WHOLE | {"sha": wrong} for wrong in (5, None, "../../x", int("1" * 40))),
+        *(WHOLE | {name: 5} for name in ("safetensors", "transformersInfo", "evalResults", "lastModified")),
+        b"[" * 99_999,
+        b"\xff",
+    ],
+    ids=lambda description: str(description)[-60:],
+)  # fmt: skip
+def test_a_hub_that_describes_no_repository(description, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    from lit_sft.args import DownloadArgs
+    from lit_sft.hub import download
+
+    body = description if isinstance(description, bytes) else json.dumps(description).encode()
+    with HubServer({"org/model": Repo({}, description=body)}) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        with pytest.raises(InputError, match=re.escape(hub.url)):
+            download(DownloadArgs(repo_id="org/model", checkpoint_dir=str(tmp_path / "new")))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("HF_ENDPOINT", "http://[::1", "a variable HF_… of the environment cannot be used: Invalid IPv6 URL"),
+        ("HF_ENDPOINT", "http://h:99999", "99999|out of range"),
+        ("HF_HUB_ETAG_TIMEOUT", "abc", "'abc'; correct it"),
+        ("HF_ENDPOINT", f"http://user:{TOKEN[3:]}@127.0.0.1:9", r"http://\*\*\*@127.0.0.1:9 cannot be read"),
+    ],
+)
+def test_an_environment_that_is_wrong(name, value, says, download, tmp_path):
+    error = download("http://127.0.0.1:9", "--repo_id", "org/model", **{name: value}).error()
+    assert re.search(says, error) and TOKEN[3:] not in error
+    assert not (tmp_path / "checkpoints").exists()
+
+
 @pytest.mark.slow
 def test_a_body_that_never_comes(download, tmp_path):
     """The client's own retries end; what came is where the next run starts."""
@@ -306,10 +392,10 @@ def test_the_known_models(download):
     assert all(re.fullmatch(r"[\w.-]+/[\w.-]+", name) for names in REPOSITORIES.values() for name in names)
 
 
-def test_fetch_url(tmp_path):
-    from lit_sft.hub import fetch_url
+def test_fetch_url(tmp_path, monkeypatch):
+    from lit_sft.transfer import fetch_url
 
-    with HubServer({"org/data": Repo({"data.json": b"[1]", "late.json": b"[2]" * 999})}) as hub:
+    with HubServer({"org/data": Repo({"data.json": b"[1]", "late.json": bytes(22 << 20)})}) as hub:
         path = tmp_path / "new" / "data.json"
         assert fetch_url(f"{hub.url}/org/data/resolve/main/data.json", path) == path
         assert path.read_bytes() == b"[1]"
@@ -319,10 +405,20 @@ def test_fetch_url(tmp_path):
             f"{hub.url}/org/data/resolve/main/late.json",
             "file:///etc/passwd",
             "http://[",
+            "http://127.0.0.1:99999/data.json",
             "data.json",
         ):
             with pytest.raises(InputError, match=re.escape(url)):
                 fetch_url(url, path)
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=60 << 20))
+        for kind, says in (
+            ("endless", "more than 31,457,280 bytes"),
+            ("gzip", "compressed"),
+            ("again", "anew"),
+        ):
+            hub.repos["models"]["org/data"].faults = {"late.json": Fault(kind)}
+            with pytest.raises(InputError, match=says):
+                fetch_url(f"{hub.url}/org/data/resolve/main/late.json", path)
         assert path.read_bytes() == b"[1]" and [p.name for p in path.parent.iterdir()] == ["data.json"]
 
 
