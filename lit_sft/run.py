@@ -32,6 +32,8 @@ from lit_sft.layout import (
     RUN_ARGUMENTS,
     RUN_INPUTS,
     STATES_DIR,
+    read_json,
+    read_yaml,
     state_name,
 )
 from lit_sft.optim import warmup_steps
@@ -196,7 +198,7 @@ def _start_or_go_on(args: TrainArgs, shards: Shards, device: torch.device) -> Pa
         print(f"going on from {state}" if state else "the run had saved nothing yet; it starts anew")
     texts = {inputs_path: json.dumps(inputs, indent=2) + "\n", path: yaml.safe_dump(arguments, sort_keys=False)}
     for file, text in texts.items():
-        if not file.is_file() or file.read_text() != text:
+        if not file.is_file() or file.read_bytes() != text.encode():
             write_atomically(file, text)
     return state
 
@@ -229,9 +231,8 @@ def going_on(args: TrainArgs) -> dict | None:
 def _recorded(out_dir: Path) -> dict:
     """What a run was started with; InputError when its files do not say."""
     try:
-        arguments = yaml.safe_load((out_dir / RUN_ARGUMENTS).read_text())
-        return arguments | json.loads((out_dir / RUN_INPUTS).read_text())
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        return read_yaml(out_dir / RUN_ARGUMENTS) | read_json(out_dir / RUN_INPUTS)
+    except (OSError, ValueError, TypeError, InputError) as error:
         why = " ".join(str(error).split())
         raise InputError(f"{out_dir} does not say what its run was started with ({why}); name another") from None
 
@@ -253,7 +254,7 @@ def _difference(name: str, then: object, now: object) -> str:
     if name.endswith("_fingerprint"):  # the hashes of files, one behind the other: the first that differs
         pairs = zip_longest(str(then).split("+"), str(now).split("+"), fillvalue="none")
         then, now = next((a[:12], b[:12]) for a, b in pairs if a != b)
-    return f"{name}: {then!r} then, {now!r} now"
+    return f"{name}: {then!r:.80} then, {now!r:.80} now"
 
 
 class Saver:
