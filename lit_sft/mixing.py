@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lit_sft.args import MOST_INT
 from lit_sft.errors import InputError
 from lit_sft.hub_datasets import HubDataset
 from lit_sft.layout import read_bytes, read_yaml
@@ -111,7 +112,8 @@ def _source(where: str, entry: dict[str, Any], args: PrepareArgs) -> MixedSource
         if key not in known:
             raise InputError(f"{where}: unknown key {key!r:.80}; known: {listed(known)}")
         kinds = (int, float) if known[key] is float else known[key]
-        if not isinstance(value, kinds) or isinstance(value, bool) or value != value or value == "":
+        beyond = isinstance(value, int) and abs(value) > MOST_INT
+        if not isinstance(value, kinds) or isinstance(value, bool) or value != value or value == "" or beyond:
             raise InputError(f"{where}: {key} {value!r:.80} is no {known[key].__name__}")
     if ("data_file" in entry) == ("data_repo_id" in entry):
         raise InputError(f"{where}: give one of data_file and data_repo_id")

@@ -90,6 +90,8 @@ def _load(path: Path) -> dict[str, Tensor]:
     kinds &= all((shard[name].dtype, len(shard[name])) == (dtype, len(offsets) - 1) for name, dtype in there.items())
     if not kinds or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(ids) or len(ids) != len(mask):
         raise InputError(f"{path} is no shard of lit_sft: its tensors do not fit together; prepare the data again")
+    if "n_labels" in shard and ((shard["n_labels"] < 1).any() or shard["n_labels"].sum() != mask.sum()):
+        raise InputError(f"{path} is no shard of lit_sft: its labels are not as many as told; prepare the data again")
     if (offsets.diff() < 1).any() or offsets.max() > len(ids) or offsets.min() < 0 or ids.min() < 0:
         raise InputError(f"{path} is no shard of lit_sft: its offsets or ids cannot be; prepare the data again")
     return shard
