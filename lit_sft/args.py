@@ -13,6 +13,13 @@ STYLES = f"{', '.join(PROMPT_STYLES)}, {CHAT_TEMPLATE}, a Jinja or text file, or
 CHECKPOINT_DIR_HELP = "converted checkpoint, with or without checkpoints/ in front"
 
 
+MOST_INT, MOST_FLOAT = 2**31 - 1, 1e15
+"""The largest number of a flag, below zero too: as much as tensors, clocks and fp32 bear, and more than is meant."""
+MOST = {"seed": 2**32 - 1, "devices": 1024, "num_workers": 1024, "timeout_minutes": 1e9}
+MOST |= {"lora_r": 1 << 16, "lora_alpha": 1e6}
+"""Where it is another."""
+
+
 def arg(default: Any, text: str, *aliases: str, bare: bool = False) -> Any:
     """A dataclass field that is a flag, with its help and its other spellings; ``bare``: the name may be left out."""
     return field(default=default, metadata={"help": text, "aliases": aliases, "bare": bare})
@@ -28,8 +35,17 @@ class Args:
         optional = {f.name: type(None) in get_args(f.type) for f in fields(self)}
         if nulls := [f"--{f} must not be null" for f, may in optional.items() if not may and getattr(self, f) is None]:
             raise InputError("; ".join(nulls))
+        if problems := [text for f in fields(self) if (text := self._beyond(f.name, getattr(self, f.name)))]:
+            raise InputError("; ".join(problems))
         if problems := [text for text, wrong in self.checks().items() if wrong]:
             raise InputError("; ".join(problems))
+
+    def _beyond(self, name: str, value: Any) -> str | None:
+        """What is wrong with a number that nothing can be done with, or a text that no system takes."""
+        most = MOST.get(name, MOST_FLOAT if isinstance(value, float) else MOST_INT)
+        if isinstance(value, int | float) and not -most <= value <= most:
+            return f"--{name} {value!s:.40} must be a number of at most {most:,.0f}"
+        return f"--{name} has a NUL character" if isinstance(value, str) and "\0" in value else None
 
     def checks(self) -> dict[str, bool]:
         """Problem → whether it is there. Subclasses add their own to ``super().checks()``."""
@@ -142,7 +158,8 @@ class TrainArgs(Args):
     def checkpoint_every(self) -> int:
         """Of how many blocks one is computed again backward; 0: none is, -1: the flag says something else."""
         named = {"none": 0, "all": 1, "auto": 0}  # which a run replaces by what it chooses
-        number = int(self.activation_checkpointing) if self.activation_checkpointing.isdecimal() else -1
+        digits = self.activation_checkpointing.isdecimal() and len(self.activation_checkpointing) < 10
+        number = int(self.activation_checkpointing) if digits else -1
         return named.get(self.activation_checkpointing, number if number > 0 else -1)
 
     def checks(self) -> dict[str, bool]:  # noqa: D102
@@ -160,11 +177,11 @@ class TrainArgs(Args):
         positive += ("keep_last",)
         given = {name: value for name in positive if (value := getattr(self, name)) not in (None, "auto")}
         wrong = {name: value for name, value in given.items() if not value > 0}
-        limits = (self.epochs, self.max_steps, self.max_iters)
+        blocks, limits = self.activation_checkpointing, (self.epochs, self.max_steps, self.max_iters)
         return super().checks() | {
             **{f"--{name} {value} must be above 0": True for name, value in wrong.items()},
             f"--max_seq_length {self.max_seq_length} must be at least 2": (self.max_seq_length or 2) < 2,
-            f"--activation_checkpointing {self.activation_checkpointing} must be none, auto, all or a number above 0": (
+            f"--activation_checkpointing {blocks:.40} must be none, auto, all or a number above 0": (
                 self.checkpoint_every < 0
             ),
             f"--lr_warmup_steps {self.lr_warmup_steps} must not be negative": self.lr_warmup_steps < 0,
@@ -238,10 +255,10 @@ class EstimateArgs(LoRATrainArgs):
     full: bool = arg(False, "plan finetune/full.py instead")
 
     def checks(self) -> dict[str, bool]:  # noqa: D102
-        memory = self.device_memory_gb
+        memory, least = self.device_memory_gb, 0.6  # of which the driver takes as much
         return super().checks() | {
             "--data_dir or --checkpoint_dir is needed": self.data_dir is None and self.checkpoint_dir is None,
-            f"--device_memory_gb {memory} must be above 0": memory is not None and not memory > 0,
+            f"--device_memory_gb {memory} must be above {least}": memory is not None and not memory > least,
             "--full does not go with --quantize": self.full and self.quantize is not None,
         }
 
@@ -274,7 +291,7 @@ class GenerateArgs(Args):
             f"--num_samples {self.num_samples} must be above 0": self.num_samples < 1,
             f"--temperature {self.temperature} must not be negative": not self.temperature >= 0,
             f"--top_k {self.top_k} must be above 0": self.top_k is not None and self.top_k < 1,
-            f"--top_p {self.top_p} must be in (0, 1]": not 0 < self.top_p <= 1,
+            f"--top_p {self.top_p} must be between 1e-6 and 1": not 1e-6 <= self.top_p <= 1,
         }
 
 

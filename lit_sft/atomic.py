@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lit_sft import __version__
 from lit_sft.errors import InputError, NewerFormat
-from lit_sft.layout import MANIFEST
+from lit_sft.layout import MANIFEST, read_bytes
 from lit_sft.redact import command_line
 
 FORMAT_VERSION = 1
@@ -209,7 +209,7 @@ class Manifest:
         """The manifest of ``directory``; InputError when absent, unreadable, of a newer format or another kind."""
         path = directory / MANIFEST
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(read_bytes(path).decode())
             newer = isinstance(content, dict) and content.get("format_version", 0) > FORMAT_VERSION
             manifest = None if newer else cls(**content)
             if not newer and (why := manifest._problem()):

@@ -18,6 +18,7 @@ import jsonargparse
 
 import lit_sft
 from lit_sft.errors import InputError, Interrupted, RunFailed, stops, words
+from lit_sft.layout import YAML_BYTES, NotYAML, load_yaml, read_bytes
 from lit_sft.output import outliving
 from lit_sft.redact import remember_arguments, shortened, without_secrets
 
@@ -63,6 +64,32 @@ def _unrecognized(message: str) -> str:
     return f"unrecognized arguments: {' '.join(names) or 'a word that no flag takes'}"
 
 
+_yaml_value = jsonargparse.get_loader("yaml")
+
+
+def _load(text: str) -> Any:
+    """What a flag's text or a config file says, as jsonargparse reads YAML; NotYAML as for ``load_yaml``."""
+    return load_yaml(text, _yaml_value)
+
+
+jsonargparse.set_loader("yaml", _load, (NotYAML,))
+
+
+class ConfigFile(jsonargparse.ActionConfigFile):
+    """--config: its file is looked at before jsonargparse reads it, which expects one that is in order."""
+
+    def __call__(self, parser: Parser, cfg: Any, values: str, option_string: str | None = None) -> None:
+        """As the parser calls it; InputError: the file cannot be read, or is no YAML."""
+        if (path := Path(values)).exists():
+            try:
+                content = _load(read_bytes(path, YAML_BYTES).decode())
+            except ValueError as error:
+                parser.error(f"--config {values}: {error}")
+            if isinstance(content, dict) and (odd := [key for key in content if str(key).startswith("__")]):
+                parser.error(f"--config {values}: {odd[0]!r:.80} is not accepted")  # jsonargparse's own
+        super().__call__(parser, cfg, values, option_string)
+
+
 def _arguments(main: Callable) -> Any:
     return next(iter(get_type_hints(main).values()))
 
@@ -72,7 +99,7 @@ def make_parser(main: Callable, prog: str) -> Parser:
     arguments = _arguments(main)
     description = cleandoc(sys.modules[main.__module__].__doc__ or "")
     parser = Parser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file of any of these flags; flags given beside it win")
+    parser.add_argument("--config", action=ConfigFile, help="YAML file of these flags; flags given beside it win")
     types = get_type_hints(arguments)
     for f in fields(arguments):
         default = f.default_factory() if f.default is MISSING else f.default

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from lit_sft.errors import InputError
-from lit_sft.layout import MODEL_CONFIG
+from lit_sft.layout import MODEL_CONFIG, read_bytes
 
 LARGEST = {"n_layer": 10_000}  # a file that asks for more would build modules until memory ends
 LARGEST_NUMBER = 1e15  # of those with a fraction; torch takes no whole number beyond 64 bits
@@ -164,7 +164,7 @@ class ModelConfig:
         """Read ``model_config.json``; InputError when it is not what this version writes."""
         path = directory / MODEL_CONFIG
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(read_bytes(path).decode())
             return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
         except InputError as error:
             raise InputError(f"{path}: {error}; convert the checkpoint again") from None

@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from lit_sft.atomic import Manifest, sha256_of
 from lit_sft.checkpoint import ADAPTER, load_model, read_adapter_config, resolve_base
 from lit_sft.convert import source_weights
@@ -22,12 +20,14 @@ from lit_sft.layout import (
     RUN_ARGUMENTS,
     RUN_INPUTS,
     STATES_DIR,
+    read_bytes,
     read_json,
+    read_yaml,
     saved_states,
     state_name,
     step_of,
 )
-from lit_sft.metrics import read_record
+from lit_sft.metrics import METRICS_BYTES, read_record
 from lit_sft.shards import KIND, Shards
 from lit_sft.states import STATE, read_state_facts
 from lit_sft.weights import CHECKPOINT
@@ -175,9 +175,9 @@ def _result(results: tuple[Path, ...]) -> None:
 
 def _arguments(path: Path) -> dict:
     try:
-        arguments = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"it is no YAML ({' '.join(str(error).split())})") from None
+        arguments = read_yaml(path)
+    except ValueError as error:
+        raise InputError(f"it is no YAML ({error})") from None
     if not isinstance(arguments, dict) or "out_dir" not in arguments:
         raise InputError("it holds no run's arguments")
     return arguments
@@ -198,7 +198,7 @@ def _of_this_run(directory: Path, folder: Path) -> str:
 def _metrics(directory: Path, states: list[Path]) -> str:
     """Steps are there once each, in order, up to the newest state, and in a finished run to the last."""
     path, last = directory / METRICS, 0
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+    for number, line in enumerate(read_bytes(path, METRICS_BYTES).splitlines(keepends=True), 1):
         try:
             step = read_record(line)["step"]
         except (ValueError, RecursionError) as error:
@@ -211,8 +211,7 @@ def _metrics(directory: Path, states: list[Path]) -> str:
     newest = max(map(step_of, states), default=0)
     if newest > last:
         raise InputError(f"it ends with step {last}; there is a state after step {newest}")
-    if (directory / DONE).is_file():
-        done = (directory / DONE).read_text(errors="replace").strip()
-        if done.split()[:1] != [str(last)]:
-            raise InputError(f"it ends with step {last}; {DONE} says {done[:40]!r}")
+    said = read_bytes(directory / DONE).decode(errors="replace") if (directory / DONE).is_file() else str(last)
+    if said.split()[:1] != [str(last)]:
+        raise InputError(f"it ends with step {last}; {DONE} says {said.strip()[:40]!r}")
     return f"steps 1 to {last}"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lit_sft.atomic import fsync, write_atomically
 from lit_sft.errors import InputError
-from lit_sft.layout import METRICS
+from lit_sft.layout import METRICS, read_bytes
 from lit_sft.output import outliving
 
 PLAIN_INTERVAL = 10.0  # seconds between lines where the output is no terminal
@@ -21,6 +21,7 @@ SPIKE_WINDOW, SPIKE_LEAST, SPIKE_SIGMAS = 50, 20, 6.0
 LEAST = {"step": 1, "epoch": 1, "n_labels": 0, "n_tokens": 1, "peak_mem_bytes": 0}  # of a record's fields; of counts
 LEAST |= dict.fromkeys(("lr", "tokens_per_s", "padding_share", "seconds"), 0.0)
 NULLABLE = ("loss", "grad_norm", "val_loss")  # null where it was not finite; the last only where it was measured
+METRICS_BYTES = 1 << 32  # ten million steps
 MOST = 1e39  # more than fp32 holds, little enough to reckon with
 
 
@@ -76,10 +77,10 @@ class Metrics:
 
     def _lines(self, done: int) -> list[dict]:
         """The records of the steps up to ``done``; InputError when the file is there and lacks one."""
-        if not self.path.is_file():
+        if not self.path.exists():
             return []
         kept, damage = [], "it ends there"
-        for line in self.path.read_bytes().splitlines(keepends=True):
+        for line in read_bytes(self.path, METRICS_BYTES).splitlines(keepends=True):
             try:
                 record = read_record(line)
                 step = record["step"]

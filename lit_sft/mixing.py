@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from lit_sft.args import MOST_INT
 from lit_sft.errors import InputError
 from lit_sft.hub_datasets import HubDataset
+from lit_sft.layout import read_bytes, read_yaml
 from lit_sft.prepare_args import PrepareArgs
 from lit_sft.readers import READERS, file_rows
 from lit_sft.rows import Columns, Malformed, listed
 from lit_sft.sources import SampleStream
+
+MOST_GAPS = 1_000_000
+"""Rows without a score, below the last that has one, up to which it is looked for the first of them."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,11 @@ def read_mix(path: Path, args: PrepareArgs) -> list[MixedSource]:
     flags and of the fields of ``Share``. Raises InputError that names the file, the entry and what is wrong with it.
     """
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entries = read_yaml(path)
     except FileNotFoundError:
         raise InputError(f"--mix {path} does not exist") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"--mix {path} is not YAML: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"--mix {path} is not YAML: {error}") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"--mix {path} must be a list of sources, each a map with data_file or data_repo_id")
     found = [_source(f"--mix {path} source {i}", dict(entry), args) for i, entry in enumerate(entries, 1)]
@@ -106,10 +110,11 @@ def _source(where: str, entry: dict[str, Any], args: PrepareArgs) -> MixedSource
     known |= dict.fromkeys(("weight", "val_split_fraction", "min_score"), float)
     for key, value in entry.items():
         if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}; known: {listed(known)}")
+            raise InputError(f"{where}: unknown key {key!r:.80}; known: {listed(known)}")
         kinds = (int, float) if known[key] is float else known[key]
-        if not isinstance(value, kinds) or isinstance(value, bool) or value != value or value == "":
-            raise InputError(f"{where}: {key} {value!r} is no {known[key].__name__}")
+        beyond = isinstance(value, int) and abs(value) > MOST_INT
+        if not isinstance(value, kinds) or isinstance(value, bool) or value != value or value == "" or beyond:
+            raise InputError(f"{where}: {key} {value!r:.80} is no {known[key].__name__}")
     if ("data_file" in entry) == ("data_repo_id" in entry):
         raise InputError(f"{where}: give one of data_file and data_repo_id")
     share = Share(**{f.name: entry[f.name] for f in fields(Share) if f.name in entry})
@@ -151,7 +156,7 @@ def read_scores(path: Path) -> np.ndarray:
     if path.suffix.lower() in READERS:
         found = [(row.number, row.cells) for row in file_rows(path)]
     elif path.is_file():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_bytes(path).decode(errors="replace").splitlines()
         found = [(number, {"score": line}) for number, line in enumerate(lines, 1)]
     else:
         raise InputError(f"--keep_scores {path} does not exist")
@@ -166,15 +171,18 @@ def read_scores(path: Path) -> np.ndarray:
             raise InputError(f"{where}: there is no column 'score'; columns: {listed(cells)}")
         try:
             row, score = int(cells.get("row", number)), float(cells["score"])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             row, score = 0, math.nan
         if row < 1 or not math.isfinite(score):
-            raise InputError(f"{where}: {cells['score']!r} for row {cells.get('row', number)!r} is no score of a row")
+            told = f"{cells['score']!r:.80} for row {cells.get('row', number)!r:.80}"
+            raise InputError(f"{where}: {told} is no score of a row")
         if row in scores:
             raise InputError(f"{where}: row {row} has two scores")
         scores[row] = score
     if not scores:
         raise InputError(f"--keep_scores {path} holds no scores")
+    if max(scores) > len(scores) + MOST_GAPS:  # refused later in any case, and nothing to ask memory for
+        raise InputError(f"--keep_scores {path} rates row {max(scores)}, but no more than {len(scores)} in all")
     rated = np.full(max(scores), np.nan)
     rated[np.fromiter(scores, np.int64) - 1] = list(scores.values())
     return rated

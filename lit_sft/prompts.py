@@ -8,6 +8,7 @@ from typing import Literal
 
 from lit_sft.chat_template import Part, end_part, fill_template, render_template, template_variables
 from lit_sft.errors import InputError
+from lit_sft.layout import read_bytes
 from lit_sft.styles import CHAT_TEMPLATE, PROMPT_STYLES, PromptStyle
 
 PROMPT_FACTS = ("prompt_style", "system_prompt", "stop_ids")
@@ -59,7 +60,7 @@ def resolve_style(given: str) -> str:
     if path.suffix not in OWN_SUFFIXES and not path.is_file():
         raise InputError(f"unknown prompt style {given!r}; {known_styles()}")
     try:
-        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
+        text = read_bytes(path).decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
     except UnicodeDecodeError:
         raise InputError(f"--prompt_style {given} is not UTF-8; save it as UTF-8") from None
     except OSError as error:

@@ -4,11 +4,13 @@ import codecs
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lit_sft.errors import InputError
+from lit_sft.layout import read_json
 from lit_sft.rows import ALIASES, Malformed, Row, kind_of, listed
 
 
@@ -50,9 +52,13 @@ def _saved_rows(path: Path) -> Iterator[Row]:
         names = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in READERS)
         raise InputError(f"{path} is a directory, not a file; it holds {listed(names)}; name one")
     try:
-        files = [path / entry["filename"] for entry in json.loads((path / "state.json").read_text())["_data_files"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path / 'state.json'} is damaged ({error!r}); save the dataset again") from None
+        names = [entry["filename"] for entry in read_json(path / "state.json")["_data_files"]]
+        files = [path / name for name in names if isinstance(name, str) and "/" not in name]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path / 'state.json'} is damaged ({error!r:.80}); save the dataset again") from None
+    # no other folder's files are read, and not for ever those of a folder that names itself
+    if len(files) < len(names) or not all(file.is_file() for file in files):
+        raise InputError(f"{path / 'state.json'} names {listed(names)}, not all of them files in {path}; save it again")
     return numbered(row.cells for file in files for row in file_rows(file))
 
 
@@ -86,7 +92,7 @@ def _checked_header(path: Path, header: list[str]) -> list[str]:
     text = "".join(header)
     if "\0" in text or text != text.encode(errors="ignore").decode():
         raise InputError(f"{path} is not UTF-8 in its header; save it as UTF-8")
-    if twice := sorted({name for name in header if name and header.count(name) > 1}):
+    if twice := sorted(name for name, count in Counter(header).items() if name and count > 1):
         raise InputError(f"{path} has more than one column {listed(twice)}; columns: {listed(header)}; rename them")
     return header
 
@@ -146,7 +152,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield from _table_rows(path, file.schema_arrow, file.iter_batches(BATCH))
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, *NO_VALUES) as error:
         raise InputError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}; get it again") from None
 
 
@@ -164,7 +170,7 @@ def _arrow_rows(path: Path) -> Iterator[Row]:
                 file = batches = pyarrow.ipc.open_stream(mapped)
             parts = (batch.slice(i, BATCH) for batch in batches for i in range(0, len(batch), BATCH))
             yield from _table_rows(path, file.schema, parts)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, *NO_VALUES) as error:
         raise InputError(f"{path} cannot be read as Arrow: {' '.join(str(error).split())}; get it again") from None
 
 
@@ -173,7 +179,10 @@ def _table_rows(path: Path, schema: Any, batches: Iterable[Any]) -> Iterator[Row
     _checked_header(path, schema.names)
     encoded = [column for column in schema if "arrow.json" in str(column.type)]
     for number, row in enumerate((row for batch in batches for row in _valid(batch).to_pylist()), 1):
-        row |= {column.name: _decoded(row[column.name], column.type) for column in encoded}
+        try:
+            row |= {column.name: _decoded(row[column.name], column.type) for column in encoded}
+        except (ValueError, RecursionError) as error:
+            row = Malformed(f"holds JSON that cannot be read: {error}")
         yield Row(number, None, row)
 
 
@@ -201,6 +210,8 @@ def numbered(rows: Iterable[Any]) -> Iterator[Row]:
     return (Row(number, None, cells) for number, cells in enumerate(rows, 1))
 
 
+NO_VALUES = (OSError, ValueError, OverflowError, RecursionError)
+"""What a table raises that is broken, or holds dates, times or depths that Python's values do not reach."""
 BATCH = 1024
 """Rows of a table made Python's at a time."""
 PACKED = {

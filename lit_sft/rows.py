@@ -15,6 +15,7 @@ ALIASES = {
     "messages": ("messages", "conversations", "conversation"),
     "text": ("text",),
 }
+NAMES = frozenset(name for names in ALIASES.values() for name in names)
 FLAGS = "/".join(f"--{part}_column" for part in ALIASES) + " of prepare_csv and prepare_dataset"
 ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"}
 ROLES |= {"assistant": "assistant", "gpt": "assistant", "model": "assistant"}

@@ -172,7 +172,7 @@ def _start_or_go_on(args: TrainArgs, shards: Shards, device: torch.device) -> Pa
         tell(f"going on from {state}" if state else "the run had saved nothing yet; it starts anew")
     texts = {inputs_path: json.dumps(inputs, indent=2) + "\n", path: yaml.safe_dump(arguments, sort_keys=False)}
     for file, text in texts.items():
-        if not file.is_file() or file.read_text() != text:
+        if not file.is_file() or file.read_bytes() != text.encode():
             write_atomically(file, text)
     return state
 

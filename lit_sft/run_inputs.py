@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
-import yaml
 
 from lit_sft import __version__
 from lit_sft.args import TrainArgs
 from lit_sft.atomic import Manifest
 from lit_sft.checkpoint import base_fingerprint
 from lit_sft.errors import InputError
-from lit_sft.layout import RUN_ARGUMENTS, RUN_INPUTS, saved_states
+from lit_sft.layout import RUN_ARGUMENTS, RUN_INPUTS, read_json, read_yaml, saved_states
 from lit_sft.output import tell
 from lit_sft.prompts import PROMPT_FACTS
 from lit_sft.shards import Shards
@@ -67,9 +65,8 @@ def going_on(args: TrainArgs) -> dict | None:
 def recorded(out_dir: Path) -> dict:
     """What a run was started with; InputError when its files do not say."""
     try:
-        arguments = yaml.safe_load((out_dir / RUN_ARGUMENTS).read_text())
-        return arguments | json.loads((out_dir / RUN_INPUTS).read_text())
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        return read_yaml(out_dir / RUN_ARGUMENTS) | read_json(out_dir / RUN_INPUTS)
+    except (OSError, ValueError, TypeError, InputError) as error:
         why = " ".join(str(error).split())
         raise InputError(f"{out_dir} does not say what its run was started with ({why}); name another") from None
 
@@ -94,4 +91,4 @@ def _difference(name: str, then: object, now: object) -> str:
     if name.endswith("_fingerprint"):  # the hashes of files, one behind the other: the first that differs
         pairs = zip_longest(str(then).split("+"), str(now).split("+"), fillvalue="none")
         then, now = next((a[:12], b[:12]) for a, b in pairs if a != b)
-    return f"{name}: {then!r} then, {now!r} now"
+    return f"{name}: {then!r:.80} then, {now!r:.80} now"

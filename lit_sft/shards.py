@@ -80,17 +80,28 @@ def _load(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         why = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is no shard of lit_sft, and was not run ({why}); prepare the data again") from None
-    if not isinstance(shard, dict) or not all(isinstance(t, Tensor) and t.dim() == 1 for t in shard.values()):
+    if not isinstance(shard, dict) or not all(map(_is_plain, shard.values())):
         raise InputError(f"{path} is no shard of lit_sft: it holds no tensors by name; prepare the data again")
     if lacks := {"input_ids", "labels_mask", "offsets"} - shard.keys():
         raise InputError(f"{path} is no shard of lit_sft: {sorted(lacks)[0]} is missing; prepare the data again")
     ids, mask, offsets = shard["input_ids"], shard["labels_mask"], shard["offsets"]
     kinds = (ids.dtype, mask.dtype, offsets.dtype) == (torch.int32, torch.bool, torch.int64)
-    if not kinds or not len(offsets) or offsets[0] != 0 or offsets[-1] != len(ids) or len(ids) != len(mask):
+    there = {name: dtype for name, dtype in FACTS.items() if name in shard}
+    kinds &= all((shard[name].dtype, len(shard[name])) == (dtype, len(offsets) - 1) for name, dtype in there.items())
+    if not kinds or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(ids) or len(ids) != len(mask):
         raise InputError(f"{path} is no shard of lit_sft: its tensors do not fit together; prepare the data again")
-    if (offsets.diff() < 1).any() or ids.min() < 0:
+    if "n_labels" in shard and ((shard["n_labels"] < 1).any() or shard["n_labels"].sum() != mask.sum()):
+        raise InputError(f"{path} is no shard of lit_sft: its labels are not as many as told; prepare the data again")
+    if (offsets.diff() < 1).any() or offsets.max() > len(ids) or offsets.min() < 0 or ids.min() < 0:
         raise InputError(f"{path} is no shard of lit_sft: its offsets or ids cannot be; prepare the data again")
     return shard
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a vector whose elements all are in the file: not sparse, not on "meta", not one repeated."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return value.dim() == 1 and value.is_contiguous()
 
 
 class Shards:

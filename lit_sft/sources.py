@@ -1,5 +1,6 @@
 """Raw data in: which files or Hub datasets are meant, and their rows, each checked and made a sample."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import chain, islice
@@ -11,12 +12,14 @@ from lit_sft.hub_datasets import HubDataset, hub_rows
 from lit_sft.prepare_args import PrepareArgs, PrepareCSVArgs
 from lit_sft.prompts import Sample, with_system
 from lit_sft.readers import file_rows
-from lit_sft.rows import FLAGS, Columns, Malformed, Row, format_of, listed, recognise, turns_of
+from lit_sft.rows import FLAGS, NAMES, Columns, Malformed, Row, format_of, listed, recognise, turns_of
 
 HEAD = 1000
 """The first rows, whose keys are the columns: JSON has no header, and its objects may leave keys out."""
 SHOWN = 10
 """Problems told in full; the rest are counted."""
+DEPTH = 100
+"""Lists in lists that are kept of a malformed row."""
 IN_LINE = 3
 """Problems that the one line of a refusal names; if there are more, lines before it tell them."""
 DATA = Path("data")
@@ -153,20 +156,26 @@ class SampleStream:
             raise broken or InputError(f"{self.name} holds no rows; name a file or split that does")
         self.seen = {key: None for row in head if isinstance(row.cells, dict) for key in row.cells}
         self.columns = _recognise(self.name, self.seen, self.wanted, self.wanted) if self.seen else self.wanted
+        met = Counter(name for key in self.seen if (name := key.strip().lower()) in NAMES)
         cells = (row.cells for row in head if isinstance(row.cells, dict))
         self.format = format_of(self.columns, next(cells, None))
         for row in chain(head, rows):
             place = f"{self.name} row {row.number}"
-            if isinstance(row.cells, dict) and not row.cells.keys() <= self.seen.keys():
-                self.seen |= dict.fromkeys(row.cells)
-                self.columns = _recognise(place, self.seen, self.wanted, self.columns)
+            if isinstance(row.cells, dict) and (new := [key for key in row.cells if key not in self.seen]):
+                # none, one and several of a known name are read differently; others change nothing, and may be many
+                known = [name for key in new if (name := key.strip().lower()) in NAMES]
+                decide = not self.seen or any(met[name] < 2 for name in known)
+                self.seen |= dict.fromkeys(new)
+                met.update(known)
+                if decide:
+                    self.columns = _recognise(place, self.seen, self.wanted, self.columns)
             try:
                 if isinstance(row.cells, Malformed):
                     raise row.cells
                 turns = turns_of(row.cells, self.columns, self.multiturn)
                 yield Sample(with_system(turns, self.system_prompt), place, row.number)
             except Malformed as error:
-                cells = None if isinstance(row.cells, Malformed) else row.cells
+                cells = None if isinstance(row.cells, Malformed) else _shallow(row.cells)
                 yield Problem(place, f"{error}{f' (line {row.line})' if row.line else ''}", cells)
         if broken is not None:
             raise broken
@@ -221,6 +230,15 @@ def _in_full(problems: list[Problem], count: int) -> list[str]:
     """Lines for what one line cannot hold."""
     rest = [f"… and {count - SHOWN} more"] if count > SHOWN else []
     return [*map(str, problems[:SHOWN]), *rest] if count > IN_LINE else []
+
+
+def _shallow(value: Any, depth: int = DEPTH) -> Any:
+    """Cells that can be pickled and written: what lies deeper than any that are meant is left out."""
+    if isinstance(value, dict):
+        return {key: _shallow(item, depth - 1) for key, item in value.items()} if depth else "…"
+    if isinstance(value, list):
+        return [_shallow(item, depth - 1) for item in value] if depth else "…"
+    return value
 
 
 def _recognise(place: str, seen: Iterable[str], wanted: Columns, before: Columns) -> Columns:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_sft.errors import InputError
-from lit_sft.layout import HF_CONFIG
+from lit_sft.layout import HF_CONFIG, read_bytes
 
 MOST_IDS = 1 << 20  # four times the largest vocabulary known; more is a damaged file
 
@@ -74,7 +74,7 @@ class TokenizerConfig:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in ``path``, empty when there is no such file."""
     try:
-        found = json.loads(path.read_bytes()) if path.is_file() else {}
+        found = json.loads(read_bytes(path)) if path.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}); download it again") from None
     if not isinstance(found, dict):
@@ -116,7 +116,7 @@ def _chat_template(directory: Path, value: str | list[dict[str, str]] | None) ->
     """chat_template.jinja if there, else tokenizer_config.json's own, of several the one named default."""
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path).decode().replace("\r\n", "\n").replace("\r", "\n")
     if isinstance(value, list):
         value = {template["name"]: template["template"] for template in value}.get("default")
     if not isinstance(value, str | None):

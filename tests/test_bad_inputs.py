@@ -1,6 +1,7 @@
 """Broken inputs for every command, and the count of them over all tables: one line, exit code 2, nothing written."""
 
 import json
+import os
 import random
 import shutil
 from collections import Counter
@@ -52,6 +53,10 @@ def link(path: str, target: str) -> Spoil:
         Path(path).symlink_to(target)
 
     return spoil
+
+
+def pipe(path: str) -> Spoil:
+    return lambda: Path(path).unlink(missing_ok=True) or os.mkfifo(path)
 
 
 def tokenizer_json(text: str, where: str = "base") -> Spoil:
@@ -117,6 +122,9 @@ BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
         ("remote code", "convert_hf_checkpoint", [], edit("raw/config.json", hidden_act="os.system"), "hidden_act"),
         ("quantized", "convert_hf_checkpoint", [], edit("raw/config.json", quantization_config={"b": 4}), "quantiz"),
         ("missing", "doctor", [], remove("raw/config.json"), "config.json is missing"),
+        ("a pipe", "convert_hf_checkpoint", [], pipe("raw/config.json"), "config.json is no regular file"),
+        ("a device", "convert_hf_checkpoint", [], link("raw/config.json", "/dev/zero"), "config.json is no regular"),
+        ("large", "doctor", [], lambda: os.truncate("raw/config.json", 1 << 40), "1,099,511,627,776 bytes, more than"),
         ("changed", "export_hf", [], write("base/config.json", "{"), "config.json"),
         ("missing, gguf", "export_gguf", [], remove("base/config.json"), "config.json"),
     ],
@@ -199,6 +207,7 @@ BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
         ("unknown word", "prepare_csv", ["--prompt_style=style.jinja"], write("style.jinja", "{{ x.y() }}"), ""),
         ("out of the sandbox", "prepare_csv", ["--prompt_style=style.jinja"],
          write("style.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}"), ""),
+        ("a pipe", "prepare_csv", ["--prompt_style=style.jinja"], pipe("style.jinja"), "style.jinja is no regular"),
         ("another file", "prepare_csv", ["--prompt_style=style.jinja"],
          write("style.jinja", "{% include '/etc/passwd' %}"), ""),
         ("Latin-1", "prepare_csv", ["--prompt_style=style.jinja"], write("style.jinja", b"\xe9"), "style.jinja"),
@@ -226,6 +235,14 @@ BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
         ("ids below zero", "lora", [], shard(first(-5, "input_ids")), ""),
         ("ids too large", "lora", [], shard(first(10**6, "input_ids")), ""),
         ("floats", "lora", [], shard(lambda s: s | {"input_ids": s["input_ids"].float()}), "train-00000.pt"),
+        ("empty", "lora", [], shard(lambda s: {k: v[: int(k == "offsets")].clone() for k, v in s.items()}), "train-0"),
+        ("nowhere", "estimate", [], shard(lambda s: {k: v.to("meta") for k, v in s.items()}), "train-00000.pt"),
+        ("sparse", "lora", [], shard(lambda s: s | {"input_ids": s["input_ids"].to_sparse()}), "train-00000.pt"),
+        ("one id repeated", "verify", ["--path=data"],
+         shard(lambda s: s | {"input_ids": torch.zeros(1, dtype=torch.int32).expand(len(s["input_ids"]))}), "train-0"),
+        ("a fact short", "lora", [], shard(lambda s: s | {"n_labels": s["n_labels"][:0].clone()}), "train-00000.pt"),
+        ("a fact of floats", "estimate", [], shard(lambda s: s | {"n_prompt": s["n_prompt"].float()}), "train-00000"),
+        ("labels that lie", "lora", [], shard(lambda s: s | {"n_labels": s["n_labels"] * 0}), "not as many as told"),
         ("counts that lie", "verify", ["--path=data"], edit("data/manifest.json", facts={"n_train": 1}), "data"),
         ("facts missing", "lora", [], edit("data/manifest.json", facts={}), "manifest"),
         ("a newer format", "full", [], edit("data/manifest.json", format_version=2), "newer than 1"),
@@ -234,6 +251,15 @@ BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
     "run directory": [
         ("arguments cut", "resume", [], write("cut/run.yaml", "a: [1"), "does not say what its run was started with"),
         ("arguments of code", "resume", [], write("cut/run.yaml", "!!python/object/apply:os.getcwd []"), "does not s"),
+        ("arguments of aliases", "resume", [], write("cut/run.yaml", "a: &a [x, x]\nlora_r: [*a, *a]"), "the alias *a"),
+        ("arguments of no kind", "resume", [], write("cut/run.yaml", 'lora_r: !!int ""'), "a value that is none of"),
+        ("arguments with much", "resume", [],
+         both(edit("cut/inputs.json", lora_r=["x"] * 9999), write("cut/run.yaml", "{}")), "lora_r: ['x', 'x'"),
+        ("arguments verified", "verify", ["--path=run"], write("run/run.yaml", "out_dir: !!bool x"), "it is no YAML"),
+        ("inputs a pipe", "resume", [], pipe("cut/inputs.json"), "inputs.json is no regular file"),
+        ("records a pipe", "resume", [], pipe("cut/metrics.jsonl"), "metrics.jsonl is no regular file"),
+        ("records a pipe, verified", "verify", ["--path=run"], pipe("run/metrics.jsonl"), "run/metrics.jsonl"),
+        ("DONE of bytes", "verify", ["--path=run"], write("run/DONE", b"\xff\xfe"), "metrics.jsonl"),
         ("arguments a list", "resume", [], write("cut/run.yaml", "[]"), "does not say"),
         ("inputs cut", "resume", [], write("cut/inputs.json", "{"), "does not say"),
         ("inputs a list", "resume", [], write("cut/inputs.json", "[1]"), "does not say"),

@@ -472,9 +472,18 @@ NO_SUCH_THING: list[tuple[str, str, list[str], str]] = [
     ("negative decay", "lora", ["--weight_decay", "-1"], "--weight_decay -1.0 must not be negative"),
     ("rising schedule", "lora", ["--min_lr", "1"], "--min_lr 1.0 must be between 0 and --learning_rate"),
     ("no limit", "lora", ["--epochs", "null"], "one of --epochs, --max_steps and --max_iters is needed"),
+    ("rank of a file", "lora", ["--lora_r=1" + "0" * 31], "00 must be a number of at most 65,536"),
+    ("rank of a disk", "estimate", ["--lora_r=4611686018427387904"], "--lora_r 4611686018427387904 must be a num"),
+    ("far length", "lora", ["--max_seq_length=1" + "0" * 31], "00 must be a number of at most 2,147,483,647"),
+    ("far alpha", "lora", ["--lora_alpha=1e308"], "--lora_alpha 1e+308 must be a number of at most 1,000,000"),
+    ("far rate", "full", ["--learning_rate=1e308"], "--learning_rate 1e+308 must be a number of at most"),
+    ("many devices", "lora", ["--devices=2000"], "--devices 2000 must be a number of at most 1,024"),
+    ("long checkpointing", "lora", ["--activation_checkpointing=" + "9" * 5000], "999 must be none, auto, all or a nu"),
+    ("no memory", "estimate", ["--data_dir=data", "--device_memory_gb=5e-324"], "_gb 5e-324 must be above 0.6"),
+    ("endless memory", "estimate", ["--data_dir=data", "--device_memory_gb=1e308"], "1e+308 must be a number of at"),
     ("rank", "lora", ["--lora_r", "0"], "--lora_r 0 must be above 0"),
     ("dropout", "lora", ["--lora_dropout", "1"], "--lora_dropout 1.0 must be in [0, 1)"),
-    ("huge seed", "lora", ["--seed", "99999999999999999999"], "--seed 99999999999999999999 must be in [0, 2**32)"),
+    ("huge seed", "lora", ["--seed", "99999999999999999999"], "999999 must be a number of at most 4,294,967"),
     ("negative seed", "prepare_csv", ["--csv_path=my.csv", "--seed=-1"], "--seed -1 must be in"),
     ("length", "prepare_csv", ["--csv_path", "my.csv", "--max_seq_length", "1"], "--max_seq_length 1 must be at least"),
     ("split", "prepare_csv", ["--csv_path", "my.csv", "--val_split_fraction", "1"], "must be in [0, 1)"),
@@ -485,7 +494,8 @@ NO_SUCH_THING: list[tuple[str, str, list[str], str]] = [
     ("no new tokens", "generate", ["--max_new_tokens", "0"], "--max_new_tokens 0 must be above 0"),
     ("no samples", "generate", ["--num_samples", "-1"], "--num_samples -1 must be above 0"),
     ("top_k", "generate", ["--top_k", "0"], "--top_k 0 must be above 0"),
-    ("top_p", "generate", ["--top_p", "0"], "--top_p 0.0 must be in (0, 1]"),
+    ("top_p", "generate", ["--top_p", "0"], "--top_p 0.0 must be between 1e-6 and 1"),
+    ("top_p that is none", "generate", ["--top_p=5e-324"], "--top_p 5e-324 must be between 1e-6 and 1"),
     ("temperature", "generate", ["--temperature", "-1"], "--temperature -1.0 must not be negative"),
     ("empty out_dir", "lora", ["--out_dir", ""], "--out_dir is empty"),
     ("empty file", "prepare_alpaca", ["--data_file", ""], "--data_file is empty"),
@@ -594,7 +604,9 @@ NO_SUCH_THING: list[tuple[str, str, list[str], str]] = [
     ("a long style", "generate", ["--checkpoint_dir=test/base", "--prompt_style=" + "x" * 9_000], "x … x"),
     # --config
     ("no config", "lora", ["--config", "none.yaml"], "none.yaml"),
-    ("config is a folder", "lora", ["--config", "data"], "--config"),
+    ("config is a folder", "lora", ["--config", "data"], "data is no regular file"),
+    ("config without end", "lora", ["--config", "/dev/zero"], "/dev/zero is no regular file"),
+    ("mix without end", "prepare_dataset", ["--mix=/dev/zero", "--checkpoint_dir=test/base"], "is no regular file"),
 ]  # fmt: skip
 
 
@@ -627,17 +639,22 @@ def test_wrong_input_is_refused_in_one_line(name: str, argv: list[str], says: st
         ("class_path: subprocess.Popen\ninit_args: {args: [touch, pwned]}\n", "is not accepted"),
         ("prompt: !!python/object/apply:subprocess.call [[touch, pwned]]\n", "could not determine a constructor"),
         ("prompt: {a: b}\n", "--prompt: expected str"),
-        ("seed: !!int x\n", "cannot be read (ValueError)"),
-        ("seed: !!timestamp x\n", "cannot be read (AttributeError)"),
         ('prompt: "\\ud800"\n', "found invalid Unicode character escape code"),
-        ('checkpoint_dir: "a\\0"\n', "--checkpoint_dir is no UTF-8 text"),
+        ("seed: [&a [x, x], &b [*a, *a], *b]\n", "--config flags.yaml: it has the alias *a; write out"),
+        ('max_new_tokens: !!int ""\n', "--config flags.yaml: it holds a value that is none of its kind"),
+        ('temperature: !!float ""\n', "--config flags.yaml: it holds a value that is none of its kind"),
+        ("prompt: !!timestamp x\n", "--config flags.yaml: it holds a value that is none of its kind"),
+        ("seed: " + "9" * 5000 + "\n", "--config flags.yaml: it has a number of 5,000 characters"),
+        ("prompt: \udcff\n", "--config flags.yaml: 'utf-8' codec can't decode"),
+        ("__path__: x\n", "'__path__' is not accepted"),
+        ('checkpoint_dir: "a\\0b"\n', "--checkpoint_dir has a NUL character"),
     ],
 )
 def test_a_wrong_config_file_is_refused_and_runs_nothing(
     content: str, says: str, command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "flags.yaml").write_text(content)
+    (tmp_path / "flags.yaml").write_text(content, errors="surrogateescape")
     before = listing(tmp_path)
     assert says in command("generate", "--config", "flags.yaml").refusal()
     assert listing(tmp_path) == before  # in particular, nobody touched "pwned"

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import time
 import zipfile
 from collections.abc import Callable
 from importlib import import_module
@@ -24,6 +25,7 @@ from lit_sft.convert import convert_checkpoint
 from lit_sft.errors import InputError
 from lit_sft.readers import file_rows
 from lit_sft.rows import Malformed
+from lit_sft.sources import SampleStream
 
 HEAD = "instruction,input,output\n"
 GOOD = HEAD + "Ask,,Answer\n"
@@ -213,6 +215,11 @@ MALFORMED: dict[str, tuple[str, str | bytes | None, str]] = {
         f'{PAIR}\n{{"instruction": "Q", "response": "A"}}',
         "which of 'output', 'response'",
     ),
+    "a deep cell": (
+        "d.jsonl",
+        f'{PAIR}\n{{"instruction": "Q", "output": {"[" * 900}{"]" * 900}}}',
+        "d.jsonl row 2: column 'output' is a list, not text",
+    ),
     # dialogues
     "unknown role": (
         "d.jsonl",
@@ -271,6 +278,21 @@ MALFORMED: dict[str, tuple[str, str | bytes | None, str]] = {
         "row 1: column 'prompt' is bytes, not text",
     ),
     "Parquet without columns": ("d.parquet", parquet(), "d.parquet holds no rows"),
+    "Parquet of a far day": (
+        "d.parquet",
+        parquet(prompt=["Q"], output=["A"], day=pa.array([2**31 - 1], pa.int32()).cast(pa.date32())),
+        "d.parquet cannot be read as Parquet: days=2147483647",
+    ),
+    "Arrow of a long time": (
+        "d.arrow",
+        arrow(prompt=["Q"], output=["A"], time=pa.array([2**62], pa.duration("s"))),
+        "d.arrow cannot be read as Arrow: ",
+    ),
+    "Arrow of deep JSON": (
+        "d.arrow",
+        arrow(messages=pa.ExtensionArray.from_storage(pa.json_(pa.string()), pa.array(["[" * 9000 + "]" * 9000]))),
+        "d.arrow row 1: holds JSON that cannot be read: ",
+    ),
     "truncated Arrow": ("d.arrow", arrow(**PAIRS)[:5000], "d.arrow cannot be read as Arrow: "),
     "broken Arrow": ("d.arrow", b"ARROW1\0\0 but not", "d.arrow cannot be read as Arrow: "),
     "Arrow of numbers": (
@@ -336,11 +358,26 @@ def test_malformed(refusal, name, content, message, skip):
         (lambda p: p.symlink_to("/dev/zero"), "d.csv is no regular file"),
         (lambda p: p.symlink_to("gone.csv"), "d.csv does not exist"),
         (lambda p: p.symlink_to(p.name), "d.csv does not exist"),
-        (lambda p: p.mkdir() or (p / "state.json").write_text("{"), "d.csv/state.json is damaged"),
+        (lambda p: p.mkdir() or (p / "state.json").write_text("{"), "d.csv/state.json is not valid JSON"),
+        (lambda p: p.mkdir() or (p / "state.json").write_text("[" * 99_999), "d.csv/state.json is not valid JSON"),
         (lambda p: p.mkdir() or (p / "state.json").write_text('{"_data_files": [{}]}'), "d.csv/state.json is damaged"),
         (
             lambda p: p.mkdir() or (p / "state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}'),
-            "d.csv/a.arrow does not exist",
+            "d.csv/state.json names 'a.arrow', not all of them files in d.csv",
+        ),
+        (  # itself, for ever
+            lambda p: p.mkdir() or (p / "state.json").write_text('{"_data_files": [{"filename": "."}]}'),
+            "d.csv/state.json names '.', not all of them files in d.csv",
+        ),
+        (
+            lambda p: (
+                p.mkdir()
+                or (
+                    Path("secret.jsonl").write_text(PAIR)
+                    and (p / "state.json").write_text('{"_data_files": [{"filename": "../secret.jsonl"}]}')
+                )
+            ),
+            "d.csv/state.json names '../secret.jsonl', not all of them files in d.csv",
         ),
         (
             lambda p: datasets.DatasetDict({"x": datasets.Dataset.from_dict({"a": ["b"]})}).save_to_disk(p),
@@ -352,6 +389,17 @@ def test_what_is_no_file(refusal, make, message):
     make(Path("d.csv"))
     [line] = refusal("prepare_csv", "--csv_path", "d.csv")
     assert message in line
+
+
+def test_many_columns_take_no_longer_than_few(tmp_path):
+    """Those of a CSV file, and those that come one with each row, of names that could mean something too."""
+    (tmp_path / "d.csv").write_text("instruction,output," + ",".join(map(str, range(60_000))) + "\n")
+    rows = ({"instruction": "a", "output": "b", f"k{i}": 1, " " * i + "text": 1} for i in range(12_000))
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    start = time.process_time()
+    assert not list(file_rows(tmp_path / "d.csv"))
+    assert sum(1 for _ in SampleStream(tmp_path / "d.jsonl")) == 12_000
+    assert time.process_time() - start < 8  # more than a minute when each was compared with all
 
 
 @pytest.mark.parametrize(

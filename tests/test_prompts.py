@@ -351,7 +351,7 @@ def test_style_files_that_are_none(tmp_path):
     said = {
         "latin": "is not UTF-8",
         "other": "unknown prompt style 'Hello'",
-        "folder": "cannot be read: Is a directory",
+        "folder": "is no regular file; put one in its place",
     }
     for name, fragment in said.items():
         with pytest.raises(InputError, match=f"{name}.txt:? {re.escape(fragment)}|{re.escape(fragment)}"):

@@ -322,6 +322,15 @@ MIXES = {
     "zero": ("- {data_file: a.csv, weight: 0, repeat: 0}", "weight 0 must be above 0; repeat 0 must be above 0"),
     "boolean": ("- {data_file: a.csv, repeat: true}", "repeat True is no int"),
     "split": ("- {data_file: a.csv, val_split_fraction: 1.0}", "val_split_fraction 1.0 must be in [0, 1)"),
+    "aliases": ("- data_file: [&a [x, x], &b [*a, *a]]", "is not YAML: it has the alias *a"),
+    "an empty number": ('- {data_file: a.csv, repeat: !!int ""}', "is not YAML: it holds a value that is none of its"),
+    "a time that is none": ("- data_file: !!timestamp x", "is not YAML: it holds a value that is none of its kind"),
+    "a truth that is none": ("- data_file: !!bool x", "is not YAML: it holds a value that is none of its kind"),
+    "deep": ("- " + "[" * 3000, "is not YAML"),
+    "deep, whole": ("- " + "[" * 300 + "]" * 300, "is nested deeper than 50 levels"),
+    "a long number": ("- {data_file: a.csv, repeat: 1" + ":20" * 99_999 + "}", "it has a number of 299,998 characters"),
+    "a huge number": ("- {data_file: a.csv, repeat: 1" + "0" * 90 + "}", "0000 is no int"),
+    "a long list": ("- {data_file: [" + "x, " * 900 + "]}", "'x', is no str"),
     "scores": ("- {data_file: a.csv, keep_scores: s.txt}", "give keep_scores and min_score together"),
     "absent scores": ("- {data_file: a.csv, keep_scores: s.txt, min_score: 1}", "--keep_scores s.txt does not exist"),
 }
@@ -332,7 +341,7 @@ def test_wrong_mixes(home, case):
     (home / "mix.yaml").write_text(MIXES[case][0])
     with pytest.raises(InputError) as caught:
         read_mix(Path("mix.yaml"), PrepareArgs())
-    assert MIXES[case][1] in str(caught.value) and "\n" not in str(caught.value)
+    assert MIXES[case][1] in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 def test_sources_of_one_name_are_told_apart(home):
@@ -376,6 +385,10 @@ SCORES = {
     "no column": ("s.csv", "row,rating\n1,2\n", "there is no column 'score'; columns: 'row', 'rating'"),
     "twice": ("s.csv", "row,score\n1,2\n1,3\n", "row 2: row 1 has two scores"),
     "row 0": ("s.csv", "row,score\n0,2\n", "'2' for row '0' is no score of a row"),
+    "far away": ("s.csv", "row,score\n400000000,1\n", "rates row 400000000, but no more than 1 in all"),
+    "beyond": ("s.csv", "row,score\n9223372036854775808,1\n", "rates row 9223372036854775808, but no more than 1 in"),
+    "an infinite row": ("s.jsonl", '{"row": Infinity, "score": 1}', "1 for row inf is no score of a row"),
+    "a huge score": ("s.jsonl", '{"score": 1' + "0" * 400 + "}", "000 for row 1 is no score of a row"),
     "broken": ("s.jsonl", '{"score": 1}\n{"sc', "row 2: is not JSON"),
 }
 
