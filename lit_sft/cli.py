@@ -231,7 +231,7 @@ def main() -> None:
             + "\nlit-sft COMMAND --help lists its flags"
         )
         if name not in ("__help", "_h", "help"):
-            said = repr(without_secrets(sys.argv[1]))
+            said = repr(without_secrets(sys.argv[1]).partition("=")[0])
             print(shortened(f"error: unknown command {said}; they are listed above"), file=sys.stderr)
             sys.exit(2)
 

@@ -941,6 +941,7 @@ def test_a_misplaced_token_is_never_shown(command: Callable, lit_sft: Callable, 
         command("generate", "--device", SECRET, "--debug", "true"),
         lit_sft(SECRET),
         lit_sft(f"--access_token={OTHER_SECRET}"),
+        lit_sft(f"--access_tokn={OTHER_SECRET}"),
     ):
         assert outcome.code == 2
         assert OTHER_SECRET not in outcome.stdout + outcome.stderr
