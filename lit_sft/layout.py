@@ -192,8 +192,8 @@ def load_yaml(text: str, load: Callable[[str], Any] = yaml.safe_load) -> Any:
         raise
     except yaml.YAMLError as error:
         raise NotYAML(" ".join(str(error).split())) from None
-    except (ValueError, LookupError, AttributeError, TypeError) as error:  # how PyYAML ends on !!int "" and its like
-        raise NotYAML(f"it holds a value that is none of its kind ({error})") from None
+    except (ValueError, LookupError, AttributeError, TypeError):  # how PyYAML ends on !!int "" and its like
+        raise NotYAML("it holds a value that is none of its kind") from None  # and may be a secret
 
 
 def read_yaml(path: Path) -> Any:

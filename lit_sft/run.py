@@ -277,8 +277,7 @@ class Saver:
 
 def finish(args: TrainArgs, last: int, result: Path, save: Saver) -> None:
     """Write the run's page, mark it as done unless ``max_time`` ended it early, say what to do with ``result``."""
-    with suppress(ValueError):  # a folder's name or a record that no page can show
-        _report(args)
+    _report(args)
     if last == args.max_steps:
         write_atomically(Path(args.out_dir) / DONE, f"{last} steps\n")
     if save.best_step not in (None, last):

@@ -78,8 +78,7 @@ def write_run_report(out_dir: Path, arguments: dict, max_steps: int) -> None:
         "validations": _validations(records),
         "ticks": _ticks(records),
     }
-    page = render("run.html", context)
-    write_atomically(out_dir / REPORT, page.encode(errors="replace"))  # a folder's name may be no text
+    write_atomically(out_dir / REPORT, render("run.html", context))
 
 
 def _values(records: list[dict], name: str) -> Points:

@@ -241,12 +241,6 @@ def test_a_result_that_is_outdated_is_gone(made: Path, tmp_path: Path) -> None:
     assert go(made, out) == 0 and is_whole(made, out)
 
 
-def test_a_folder_whose_name_is_no_text(made: Path, tmp_path: Path) -> None:
-    out = tmp_path / os.fsdecode(b"caf\xe9")
-    assert go(made, out) == 0, said(out)
-    assert is_whole(made, out) and (out / "report.html").is_file()
-
-
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
 def test_a_lock_from_elsewhere_is_not_written_to(kind: str, tmp_path: Path) -> None:
     precious, path = tmp_path / "precious", tmp_path / "x" / ".lock"
