@@ -6,8 +6,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from lit_sft.chat_template import Part, end_part, fill_template, render_template, template_variables
+from lit_sft.chat_template import Part, end_part, fill_template, render_template
 from lit_sft.errors import InputError
+from lit_sft.sandbox import template_variables
 from lit_sft.styles import CHAT_TEMPLATE, PROMPT_STYLES, PromptStyle
 
 PROMPT_FACTS = ("prompt_style", "system_prompt", "stop_ids")
@@ -58,6 +59,8 @@ def resolve_style(given: str) -> str:
     path = Path(given)
     if path.suffix not in OWN_SUFFIXES and not path.is_file():
         raise InputError(f"unknown prompt style {given!r}; {known_styles()}")
+    if path.exists() and not path.is_file():
+        raise InputError(f"--prompt_style {given} is no file; give a file, or a name")
     try:
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
     except UnicodeDecodeError:
@@ -195,7 +198,10 @@ def _own_style(text: str, with_system: bool) -> PromptStyle | None:
         raise InputError(f"unknown prompt style {text!r:.60}; {known_styles()}")
     if "{{" not in text and "{%" not in text:
         raise InputError(f"prompt style {text!r:.60}: {wrong}; {known_styles()}")
-    variables = template_variables(text)
+    try:
+        variables = template_variables(text)
+    except InputError as error:
+        raise InputError(f"the Jinja of the prompt style cannot be read: {error}") from None
     if "messages" in variables:
         return None
     known = {"instruction", "input", "system", "bos_token", "eos_token"}
