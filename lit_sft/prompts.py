@@ -80,10 +80,10 @@ def check_prompt_facts(facts: dict, path: Path) -> None:
     right = {
         "prompt_style": style is None or isinstance(style, str),
         "system_prompt": system is None or isinstance(system, str),
-        "stop_ids": ends is None or (isinstance(ends, list) and all(type(i) is int and i >= 0 for i in ends)),
+        "stop_ids": ends is None or (isinstance(ends, list) and all(type(i) is int and 0 <= i < 2**31 for i in ends)),
     }
     if wrong := [name for name, is_right in right.items() if not is_right]:
-        raise InputError(f"{path}: {wrong[0]} is {facts[wrong[0]]!r}, which cannot be; write the directory again")
+        raise InputError(f"{path}: {wrong[0]} is {facts[wrong[0]]!r:.99}, which cannot be; write the directory again")
 
 
 def known_styles() -> str:

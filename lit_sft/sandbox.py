@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lit_sft.errors import InputError
 
 TEMPLATE_SECONDS = 10.0
+SLOW = 0.1  # seconds of a rendering; such ones have TEMPLATE_SECONDS together, as each of a thousand rows may be one
 TEMPLATE_BYTES = 1 << 30
+TOO_LARGE = "it takes more than 1 GB of memory"
 LONGEST_ANSWER = 1 << 20, 16  # characters, and more for each byte that is asked with
 # What templates write as today: the day that Llama 3's have where it is not known. With the real one, the same data
 # would give other shards tomorrow, and a prompt would not be that of the training.
@@ -76,6 +79,8 @@ class _Process:
                 raise InputError(self.over[template])
         result, problem = json.loads(answer)
         if problem is not None:
+            if problem == TOO_LARGE:
+                self.over[template] = problem
             raise InputError(problem)
         return result
 
@@ -122,13 +127,13 @@ def serve() -> None:
         most = int(statm.read_text().split()[0]) * resource.getpagesize() + TEMPLATE_BYTES
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-    environment, source, compiled = _environment(), "", None
+    environment, source, compiled, left = _environment(), "", None, 0.0
     for line in sys.stdin.buffer:
         what, new, variables, seconds = json.loads(line)
         if new is not None:
-            source, compiled = new, None
-        result, problem = None, None
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+            source, compiled, left = new, None, seconds
+        result, problem, start = None, None, time.process_time()
+        signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))
         try:
             if what == "names":
                 names = jinja2.meta.find_undeclared_variables(environment.parse(source))
@@ -140,12 +145,14 @@ def serve() -> None:
                     raise ValueError(f"it writes {len(result):,} characters")
             result = json.dumps(result)
         except MemoryError:
-            result, problem = None, "it takes more than 1 GB of memory"
+            result, problem = None, TOO_LARGE
         except Exception as error:  # whatever a text written elsewhere runs into
             said = " ".join(str(error)[:2000].split())[:500] or type(error).__name__
             where = f" (line {error.lineno})" if what == "names" and hasattr(error, "lineno") else ""
             result, problem = None, said + where
         signal.setitimer(signal.ITIMER_REAL, 0)
+        if (took := time.process_time() - start) > SLOW:
+            left -= took
         sys.stdout.write(f"[{result or 'null'}, {json.dumps(problem)}]\n")
         sys.stdout.flush()
 

@@ -701,6 +701,14 @@ def test_a_template_over_a_limit_is_not_run_again(monkeypatch):
     assert time.monotonic() - start < 0.2
 
 
+def test_slow_renderings_have_the_limit_together(monkeypatch):
+    monkeypatch.setattr(lit_sft.sandbox, "TEMPLATE_SECONDS", 0.8)
+    slow = "{% set x = (range(99999) | map('center', 1999) | map('length') | sum) * 0 %}" + chat_templates.CHATML
+    with pytest.raises(InputError, match=r"takes more than 0\.8 s"):
+        for i in range(99):
+            render((user(f"{i}"), assistant("x")), CHAT_TEMPLATE, SPECIAL, slow)
+
+
 def test_a_process_that_died_is_started_again():
     arguments = (ONE, CHAT_TEMPLATE, SPECIAL, chat_templates.MARKED)
     before, other = render(*arguments), chat_templates.MARKED + "{# another #}"
