@@ -470,6 +470,8 @@ NO_SUCH_THING: list[tuple[str, str, list[str], str]] = [
     ("rising schedule", "lora", ["--min_lr", "1"], "--min_lr 1.0 must be between 0 and --learning_rate"),
     ("no limit", "lora", ["--epochs", "null"], "one of --epochs, --max_steps and --max_iters is needed"),
     ("rank", "lora", ["--lora_r", "0"], "--lora_r 0 must be above 0"),
+    ("huge rank", "lora", ["--lora_r=99999999999999999999"], "--lora_r 99999999999999999999 must be above 0, at most"),
+    ("huge alpha", "lora", ["--lora_alpha=1e308"], "--lora_alpha 1e+308 must be above 0, at most 1e6"),
     ("dropout", "lora", ["--lora_dropout", "1"], "--lora_dropout 1.0 must be in [0, 1)"),
     ("huge seed", "lora", ["--seed", "99999999999999999999"], "--seed 99999999999999999999 must be in [0, 2**32)"),
     ("negative seed", "prepare_csv", ["--csv_path=my.csv", "--seed=-1"], "--seed -1 must be in"),
@@ -500,7 +502,7 @@ NO_SUCH_THING: list[tuple[str, str, list[str], str]] = [
         "all problems at once",
         "lora",
         ["--lora_r=0", "--epochs=0", "--lr_warmup_steps=-2", "--lora_dropout=2"],
-        "--epochs 0 must be above 0; --lr_warmup_steps -2 must not be negative; --lora_r 0 must be above 0; --lora_d",
+        "--epochs 0 must be above 0; --lr_warmup_steps -2 must not be negative; --lora_r 0 must be above 0, at most",
     ),
     # checkpoints
     ("no checkpoint, convert", "convert_hf_checkpoint", ["--checkpoint_dir", "test/none"], "no checkpoint directory"),
