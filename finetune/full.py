@@ -24,6 +24,7 @@ def main(args: FullTrainArgs) -> None:
     checkpoint_dir = layout.check_checkpoint_dir(args.checkpoint_dir or train.manifest.facts["checkpoint_dir"])
     tokenizer = Tokenizer(checkpoint_dir)
     check_shards(train, val, tokenizer, checkpoint_dir)
+    layout.copied_files(checkpoint_dir)  # into the result: what is wrong with them is said now
 
     # which examples make each step, on this process
     fabric = runtime.launch(args)

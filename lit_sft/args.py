@@ -207,8 +207,8 @@ class LoRAArgs(Args):
 
     def checks(self) -> dict[str, bool]:  # noqa: D102
         return super().checks() | {
-            f"--lora_r {self.lora_r} must be above 0": not self.lora_r > 0,
-            f"--lora_alpha {self.lora_alpha} must be above 0": not self.lora_alpha > 0,
+            f"--lora_r {self.lora_r} must be above 0, at most 65536": not 0 < self.lora_r <= 65536,
+            f"--lora_alpha {self.lora_alpha!r:.40} must be above 0, at most 1e6": not 0 < self.lora_alpha <= 1e6,
             f"--lora_dropout {self.lora_dropout} must be in [0, 1)": not 0 <= self.lora_dropout < 1,
             "nothing to adapt: every --lora_<part> is false": not any(self.parts().values()),
         }

@@ -1,24 +1,13 @@
-"""A checkpoint's own chat template: Jinja from the Hub, rendered in a sandbox, into what is whose in the text."""
+"""A checkpoint's own chat template: Jinja from the Hub, rendered, and what in its text is whose."""
 
-import json
 import re
-import resource
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import datetime
 from functools import lru_cache
 from os.path import commonprefix
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import jinja2
-import jinja2.ext
-import jinja2.meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import NamedTuple
 
 from lit_sft.errors import InputError
+from lit_sft.sandbox import render_jinja
 
 
 class Part(NamedTuple):
@@ -60,7 +49,7 @@ def render_template(
     whole = _jinja(template, roles, contents, special_tokens)
     marks = [f"\ue000{i}\ue001" for i in range(len(roles))]
     attempts = [(marks, dict(zip(marks, contents, strict=True)))]
-    thoughts = {i: m for i, role in enumerate(roles) if role == "assistant" and (m := _THOUGHT.fullmatch(contents[i]))}
+    thoughts = {i: m for i, role in enumerate(roles) if role == "assistant" and (m := _thought(contents[i]))}
     if thoughts:  # each in two marks, between the tags as they are written
         apart = [
             f"{t[1]}\ue000{i}t\ue001{t[3]}{marks[i]}" if (t := thoughts.get(i)) else m for i, m in enumerate(marks)
@@ -74,6 +63,10 @@ def render_template(
         except InputError as error:
             problem = error
     raise problem
+
+
+def _thought(content: str) -> re.Match | None:
+    return _THOUGHT.fullmatch(content) if "</think>" in content else None  # else it would go on from each white space
 
 
 def _fit(
@@ -164,80 +157,9 @@ def _jinja(template: str, roles: tuple[str, ...], contents: Sequence[str], speci
     turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
     variables = {**special_tokens, "messages": turns, "add_generation_prompt": roles[-1:] == ("user",)}
     try:
-        with _limits():
-            return _compile(template).render(variables, tools=None, documents=None)
-    except Exception as error:  # whatever a template written elsewhere runs into
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"the chat template refuses the dialogue: {said}; name a --prompt_style") from None
-
-
-TEMPLATE_SECONDS = 10.0
-TEMPLATE_BYTES = 2 << 30
-_ADDRESSES = resource.getrlimit(resource.RLIMIT_AS)
-_deadline = threading.local()
-
-
-@contextmanager
-def _limits() -> Iterator[None]:
-    """A template is code from elsewhere, and may loop for ever or fill the memory (which only Linux can limit)."""
-    _deadline.time = time.monotonic() + TEMPLATE_SECONDS
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        most = int(statm.read_text().split()[0]) * resource.getpagesize() + TEMPLATE_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (min({most, *_ADDRESSES} - {resource.RLIM_INFINITY}), _ADDRESSES[1]))
-    try:
-        yield
-    except MemoryError:
-        raise MemoryError("it takes more than 2 GB of memory") from None
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, _ADDRESSES)
-
-
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}``, by which transformers knows what the model says: the text in it is written as it is."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja's own way)
-
-    def parse(self, parser: Any) -> jinja2.nodes.Node:
-        """The statements up to ``{% endgeneration %}``."""
-        line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-    def watch(self, tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
-        """Every round of a loop and every call of a macro looks at the clock first, in whatever thread."""
-        for node in list(tree.find_all((jinja2.nodes.For, jinja2.nodes.Macro, jinja2.nodes.CallBlock))):
-            call = self.call_method("look_at_the_clock", lineno=node.lineno)
-            node.body.insert(0, jinja2.nodes.ExprStmt(call, lineno=node.lineno))
-        return tree
-
-    def look_at_the_clock(self) -> None:
-        if time.monotonic() > _deadline.time:
-            raise TimeoutError(f"it takes more than {TEMPLATE_SECONDS:g} s")
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        """Products of huge numbers take hours, in which nothing else runs."""
-        numbers, most = isinstance(left, int) and isinstance(right, int), 64 if operator == "**" else 1 << 64
-        if numbers and max(abs(left), abs(right)) > most:
-            raise OverflowError(f"{operator} of a number too large")
-        return super().call_binop(context, operator, left, right)
-
-
-# What templates write as today: the day that Llama 3's have where it is not known. With the real one, the same data
-# would give other shards tomorrow, and a prompt would not be that of the training.
-TODAY = datetime(2024, 7, 26)
-
-
-def template_variables(text: str) -> set[str]:
-    """The names that a Jinja text expects to be given. InputError: it is not Jinja."""
-    environment = _environment()
-    try:
-        return jinja2.meta.find_undeclared_variables(environment.parse(text)) - environment.globals.keys()
-    except jinja2.TemplateError as error:
-        raise InputError(f"the Jinja of the prompt style cannot be read: {error} (line {error.lineno})") from None
+        return render_jinja(template, {**variables, "tools": None, "documents": None})
+    except InputError as error:
+        raise InputError(f"the chat template refuses the dialogue: {error}; name a --prompt_style") from None
 
 
 def fill_template(text: str, fields: dict[str, str]) -> str:
@@ -248,37 +170,7 @@ def fill_template(text: str, fields: dict[str, str]) -> str:
     names = fields | {"bos_token": "bos", "eos_token": "eos"}
     written = {name: f"\ue000{field}\ue001" if field else "" for name, field in names.items()}
     try:
-        with _limits():
-            form = _compile(text).render(written)
-    except Exception as error:  # whatever a text written elsewhere runs into
-        raise InputError(f"the Jinja of the prompt style fails: {' '.join(str(error).split())}") from None
+        form = render_jinja(text, written)
+    except InputError as error:
+        raise InputError(f"the Jinja of the prompt style fails: {error}") from None
     return re.sub("\ue000(.*?)\ue001", r"{\1}", form.replace("{", "{{").replace("}", "}}"))
-
-
-@lru_cache(maxsize=4)
-def _compile(template: str) -> jinja2.Template:
-    environment = _environment()
-    return environment.from_string(environment.extensions[_Generation.identifier].watch(environment.parse(template)))
-
-
-@lru_cache(maxsize=1)
-def _environment() -> ImmutableSandboxedEnvironment:
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
-    for busy in (environment.globals, "lipsum"), (environment.filters, "round"), (environment.filters, "slice"):
-        del busy[0][busy[1]]  # which can take hours of their own
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = TODAY.strftime
-    return environment

@@ -25,8 +25,8 @@ from lit_sft.layout import (
     MODEL_CONFIG,
     MODEL_DIR,
     MODEL_WEIGHTS,
-    TOKENIZER_FILES,
     check_checkpoint_dir,
+    copied_files,
     read_json,
     saved_states,
 )
@@ -61,8 +61,10 @@ def load_model(
     manifest = check_model(directory)
     check_prompt_facts(manifest.facts, directory / MANIFEST)
     config = ModelConfig.from_dir(directory)
-    if config.n_layer > (n := _count_weights(directory, manifest)):  # before modules are made by the million
-        raise InputError(f"{directory}: {config.n_layer} layers are asked for, but there are {n} weights in all")
+    asked, n = config.n_layer * max(1, config.n_expert), _count_weights(directory, manifest)
+    if asked > n:  # before modules are made by the million
+        kind = "experts" if config.n_expert else "layers"
+        raise InputError(f"{directory}: {asked} {kind} are asked for, but there are {n} weights in all")
     with torch.device("meta"):
         model = GPT(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -257,7 +259,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def save_model(directory: Path, model: GPT, source_dir: Path, facts: dict) -> None:
     """Write ``model`` as a new checkpoint_dir, with the tokenizer and config files of ``source_dir``."""
-    names = [name for name in TOKENIZER_FILES if (source_dir / name).is_file()]
+    names = copied_files(source_dir)
     hf_config = read_json(source_dir / HF_CONFIG) | {"tie_word_embeddings": model.config.tie_embeddings}
     state = model.state_dict()
     if model.config.tie_embeddings:

@@ -9,6 +9,7 @@ from lit_sft.errors import InputError
 from lit_sft.layout import MODEL_CONFIG, read_bytes
 
 LARGEST = {"n_layer": 10_000}  # a file that asks for more would build modules until memory ends
+MOST_EXPERTS = 50_000  # of all layers together, for the same reason; the largest models have half of that
 LARGEST_NUMBER = 1e15  # of those with a fraction; torch takes no whole number beyond 64 bits
 MAY_BE_ZERO = ("rotary_size", "n_expert", "n_expert_per_token")
 
@@ -105,6 +106,8 @@ class ModelConfig:
             )
         if self.n_expert_per_token > self.n_expert or (self.n_expert and not self.n_expert_per_token):
             raise InputError(f"model config: {self.n_expert_per_token} of {self.n_expert} experts cannot be chosen")
+        if self.n_layer * self.n_expert > MOST_EXPERTS:
+            raise InputError(f"model config: {self.n_expert} experts in each of {self.n_layer} layers are too many")
         for name in ("sliding_layers", "rope_layers"):
             if len(getattr(self, name)) not in (0, self.n_layer):
                 raise InputError(

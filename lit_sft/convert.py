@@ -1,6 +1,7 @@
 """Hub checkpoint → ours: names and nothing else change, one tensor in memory at a time."""
 
 import re
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -121,6 +122,10 @@ def _get_tensor(path: Path, name: str) -> Tensor:
 
 def open_pickle(path: Path) -> Iterator[Weight]:
     """The tensors of a file that torch.save wrote; InputError, and nothing is run, when it holds anything else."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise InputError(f"{path} is compressed, which torch.save does not do; save the weights again")
     try:
         try:
             content = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
@@ -138,6 +143,11 @@ def open_pickle(path: Path) -> Iterator[Weight]:
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise InputError(f"{path}: {name!r} is a {type(tensor).__name__}, not a tensor with a name")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            kind = "on meta" if tensor.device.type != "cpu" else str(tensor.layout).removeprefix("torch.")
+            raise InputError(f"{path}: weight {name!r} is {kind}, not a dense tensor with contents; save it as one")
+        if tensor.numel() * tensor.dtype.itemsize > tensor.untyped_storage().nbytes():
+            raise InputError(f"{path}: weight {name!r} has more values than the file holds; save it expanded")
         yield Weight(name, tuple(tensor.shape), tensor.dtype, lambda t=tensor: t)
 
 
@@ -153,8 +163,9 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def to_lit(source: list[Weight], family: Family, config: ModelConfig, dtype: torch.dtype | None) -> list[Weight]:
     """The source's tensors under our names, checked to be exactly those of the model; InputError names what is not."""
     names = family.names(config)
-    if config.n_layer > len(source):  # before modules are made by the million
-        raise InputError(f"config.json asks for {config.n_layer} layers, but there are {len(source)} weights in all")
+    if config.n_layer * max(1, config.n_expert) > len(source):  # before modules are made by the million
+        asked = f"{config.n_layer} layers" + f" of {config.n_expert} experts" * (config.n_expert > 0)
+        raise InputError(f"config.json asks for {asked}, but there are {len(source)} weights in all")
     wanted = weight_shapes(config)
     if config.tie_embeddings:
         source = _with_embedding(source, names)

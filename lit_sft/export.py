@@ -21,9 +21,9 @@ from lit_sft.layout import (
     HF_CONFIG,
     HF_WEIGHTS,
     MANIFEST,
-    TOKENIZER_FILES,
     check_checkpoint_dir,
     check_new,
+    copied_files,
     read_json,
 )
 from lit_sft.prompts import PROMPT_FACTS, check_prompt_facts
@@ -57,7 +57,13 @@ def open_source(checkpoint_dir: str | None, lora_path: str | None, dtype: str | 
     adapter = read_adapter_config(lora_path) if lora_path else {}
     directory = resolve_base(checkpoint_dir, adapter) if adapter else check_checkpoint_dir(checkpoint_dir)
     manifest = check_model(directory)
-    family, config = find_family(read_json(directory / HF_CONFIG)), ModelConfig.from_dir(directory)
+    copied_files(directory)  # none may lead elsewhere
+    hf_config, config = read_json(directory / HF_CONFIG), ModelConfig.from_dir(directory)
+    try:
+        family = find_family(hf_config)
+        family.read_config(hf_config)  # which may have been edited since
+    except InputError as error:
+        raise InputError(f"{directory}: {error}") from None
     files = [name for name in sorted(manifest.files) if name.endswith(".safetensors")]
     weights = [weight for name in files for weight in open_safetensors(directory / name)]
     if adapter:
@@ -111,8 +117,8 @@ def _export_directory(source: Source, out_dir: Path) -> None:
     config = _hf_config(source)
     texts = {HF_CONFIG: config, GENERATION_CONFIG: _generation_config(source, config)}
     with publish_directory(out_dir, EXPORT) as folder:
-        for name in TOKENIZER_FILES:
-            if (source.directory / name).is_file() and name not in texts:
+        for name in copied_files(source.directory):
+            if name not in texts:
                 write_atomically(folder / name, (source.directory / name).read_bytes())
         for name, content in texts.items():
             write_atomically(folder / name, json.dumps(content, indent=2) + "\n")

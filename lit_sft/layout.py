@@ -108,6 +108,23 @@ def check_checkpoint_dir(path: str | Path) -> Path:
     return directory
 
 
+def copied_files(directory: Path) -> list[str]:
+    """The text files that go from a checkpoint_dir into what is made of it.
+
+    InputError for a link out of it, which would carry whatever it points to along; the Hub's cache may link to its own
+    ``blobs``, beside the ``snapshots`` that hold the directory.
+    """
+    names, here = [name for name in TOKENIZER_FILES if (directory / name).is_file()], directory.resolve()
+    blobs = here.parent.with_name("blobs") if here.parent.name == "snapshots" else here
+    for name in (*names, HF_CONFIG):
+        target = (directory / name).resolve()
+        if not target.is_relative_to(here) and target.parent != blobs:
+            raise InputError(
+                f"{directory / name} is a link to {target}, out of its directory; put the file itself there"
+            )
+    return names
+
+
 def check_new(path: str | Path, flag: str) -> Path:
     """Require that nothing is at ``path`` yet, an empty folder aside; ``flag`` is the one that named it."""
     found = Path(path)

@@ -1,7 +1,7 @@
 """peft's adapters → ours; what ours cannot hold is refused by name."""
 
-import math
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from math import sqrt
 from pathlib import Path
@@ -55,6 +55,9 @@ KNOWN = {
     "ensure_weight_tying",
     "ephemeral_gpu_offload",
 }
+# what takes no time to match: names, with one of a few in brackets, and with what may be anything in two places
+PIECE, ANY = r"(?:\\\.|[\w.-])", r"(?:\.[+*]|(?:\\[dw]|\[[\w-]{1,9}\])[+*]?)"
+SAFE = rf"\^?(?:{ANY}|{PIECE}|\((?:\?:)?{PIECE}+(?:\|{PIECE}+){{0,9}}\)|\|)+\$?"
 ORDINARY_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base's weights
 
 
@@ -71,9 +74,10 @@ def import_peft(args: ImportPeftArgs) -> Path:
     config = read_json(folder / PEFT_CONFIG)
     _check(config, folder / PEFT_CONFIG)
     names, shapes = names_of(base)
+    ranks, alphas = _of(config, "rank_pattern", "r"), _of(config, "alpha_pattern", "lora_alpha")
     pairs: dict[str, Pair] = {}
     for name, (a, b) in _read_factors(folder, base, names).items():
-        rank, alpha = _of(config, "rank_pattern", "r", name), _of(config, "alpha_pattern", "lora_alpha", name)
+        rank, alpha = ranks(name), alphas(name)
         if len(a) != rank or b.shape[1] != rank:
             raise InputError(f"{folder}: {name} has rank {len(a)}, not {rank} as {PEFT_CONFIG} says; save it again")
         pair = Pair(a, b, Fraction(alpha) / Fraction(sqrt(rank) if config.get("use_rslora") else rank))
@@ -101,22 +105,36 @@ def _check(config: dict, path: Path) -> None:
         raise InputError(f"{path}: {name} = {value!r} cannot be held by an adapter here; merge it with peft instead")
 
 
-def _of(config: dict, pattern: str, default: str, name: str) -> int | float:
-    """A layer's rank or alpha, as peft looks it up."""
-    patterns = config.get(pattern) or {}
+def _of(config: dict, field: str, default: str) -> Callable[[str], int | float]:
+    """What finds a layer's rank or alpha, as peft looks it up: by the first pattern that the end of its name fits."""
+    patterns = config.get(field) or {}
     if not isinstance(patterns, dict):
-        raise InputError(f"{PEFT_CONFIG}: {pattern} is {patterns!r}, not an object")
-    for key in patterns:  # a pattern from elsewhere may be none, or take for ever
-        if len(key) > 500 or not re.fullmatch(r"[\w.|^$()\[\]-]*", re.sub(r"(\.|\\d|\\w)[+*]|\\\.", "", key)):
-            raise InputError(f"{PEFT_CONFIG}: {pattern} has the pattern {key!r:.80}, which is none of layers' names")
-    try:
-        own = [v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)]
-    except re.error as error:
-        raise InputError(f"{PEFT_CONFIG}: {pattern} has a pattern that is none ({error})") from None
-    value = own[0] if own else config.get(default)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise InputError(f"{PEFT_CONFIG}: {default} is {value!r}, not a number above 0")
-    return value
+        raise InputError(f"{PEFT_CONFIG}: {field} is {patterns!r:.80}, not an object")
+    literal, others, values = {}, [], list(patterns.values())
+    for number, key in enumerate(patterns):
+        plain = key.removesuffix("$").replace(r"\.", ".")
+        if re.fullmatch(r"[\w.-]+", plain):
+            literal.setdefault(plain, number)
+            continue
+        few = len(key) <= 500 and len(others) < 20 and key.count("*") + key.count("+") <= 2 and key.count("(") <= 2
+        try:
+            compiled = re.compile(rf"(.*\.)?({key})$") if few and re.fullmatch(SAFE, key) else None
+        except re.error:
+            compiled = None
+        if compiled is None:
+            raise InputError(f"{PEFT_CONFIG}: {field} has {key!r:.80}, no pattern of layers' names that is read here")
+        others.append((number, compiled))
+
+    def find(name: str) -> int | float:
+        parts = name.split(".")
+        ends = (literal.get(".".join(parts[i:])) for i in range(len(parts)))
+        found = [end for end in ends if end is not None] + [number for number, key in others if key.match(name)]
+        value = values[min(found)] if found else config.get(default)
+        if type(value) not in (int, float) or not 0 < value <= 1e6:
+            raise InputError(f"{PEFT_CONFIG}: {default} is {value!r:.40}, not a number above 0, at most 1e6")
+        return value
+
+    return find
 
 
 def _read_factors(folder: Path, base: Path, names: WeightNames) -> dict[str, tuple[Tensor, Tensor]]:

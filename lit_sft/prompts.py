@@ -6,9 +6,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from lit_sft.chat_template import Part, end_part, fill_template, render_template, template_variables
+from lit_sft.chat_template import Part, end_part, fill_template, render_template
 from lit_sft.errors import InputError
 from lit_sft.layout import read_bytes
+from lit_sft.sandbox import template_variables
 from lit_sft.styles import CHAT_TEMPLATE, PROMPT_STYLES, PromptStyle
 
 PROMPT_FACTS = ("prompt_style", "system_prompt", "stop_ids")
@@ -78,10 +79,10 @@ def check_prompt_facts(facts: dict, path: Path) -> None:
     right = {
         "prompt_style": style is None or isinstance(style, str),
         "system_prompt": system is None or isinstance(system, str),
-        "stop_ids": ends is None or (isinstance(ends, list) and all(type(i) is int and i >= 0 for i in ends)),
+        "stop_ids": ends is None or (isinstance(ends, list) and all(type(i) is int and 0 <= i < 2**31 for i in ends)),
     }
     if wrong := [name for name, is_right in right.items() if not is_right]:
-        raise InputError(f"{path}: {wrong[0]} is {facts[wrong[0]]!r}, which cannot be; write the directory again")
+        raise InputError(f"{path}: {wrong[0]} is {facts[wrong[0]]!r:.99}, which cannot be; write the directory again")
 
 
 def known_styles() -> str:
@@ -196,7 +197,10 @@ def _own_style(text: str, with_system: bool) -> PromptStyle | None:
         raise InputError(f"unknown prompt style {text!r:.60}; {known_styles()}")
     if "{{" not in text and "{%" not in text:
         raise InputError(f"prompt style {text!r:.60}: {wrong}; {known_styles()}")
-    variables = template_variables(text)
+    try:
+        variables = template_variables(text)
+    except InputError as error:
+        raise InputError(f"the Jinja of the prompt style cannot be read: {error}") from None
     if "messages" in variables:
         return None
     known = {"instruction", "input", "system", "bos_token", "eos_token"}

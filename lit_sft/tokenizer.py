@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import tokenizers
@@ -40,9 +44,16 @@ class Tokenizer:
         config = TokenizerConfig.from_dir(directory)
         try:
             raw = path.read_bytes()
-            self._file = (_SentencePiece if path.suffix == ".model" else _TokenizersFile)(raw, config)
-        except Exception as error:  # tokenizers raises bare Exceptions
-            raise InputError(f"{path} cannot be read ({error}); download it again") from None
+            if path.suffix == ".model":
+                self._file = _SentencePiece(raw, config)
+            else:
+                with _silent():
+                    self._file = _TokenizersFile(raw, config)
+        except BaseException as error:
+            if not (isinstance(error, Exception) or _of_library(error)):
+                raise
+            why = " ".join(str(error).split())
+            raise InputError(f"{path} cannot be read ({why:.300}); download it again") from None
         self._control_texts = {i: text for text, i in self._file.control.items()}
         self._control_ids = frozenset(self._control_texts)
         self.vocab_size: int = max(self._file.size, 1 + max(self._control_ids, default=-1))
@@ -80,14 +91,14 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"character {error.start} of a text is half a surrogate pair; correct the text") from None
-        ids = self._file.encode(text, control, continuation)
+        ids = self._asked(self._file.encode, text, control, continuation)
         if bos is None:
             bos = self.adds_bos and not continuation and ids[:1] != [self.bos_id]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``; control tokens and ids beyond the vocabulary (a padded embedding's) give none."""
-        return self._file.decode(list(filter(self._is_text, map(int, ids))))
+        return self._asked(self._file.decode, list(filter(self._is_text, map(int, ids))))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of ``ids`` in pieces, each as soon as it is certain; joined they are ``decode(ids)``.
@@ -97,14 +108,14 @@ class Tokenizer:
         window, sent = [], 0  # the last tokens, of whose text ``sent`` characters have been given
         for i in filter(self._is_text, map(int, ids)):
             window.append(i)
-            if i in self._file.held or (text := self._file.decode(window)).endswith("\ufffd"):
+            if i in self._file.held or (text := self.decode(window)).endswith("\ufffd"):
                 continue
             if text[sent:]:
                 yield text[sent:]
             ends = (window[start:] for start in range(len(window) - 1, -1, -1))  # with text: a leading space is lost
-            window = next((end for end in ends if self._file.decode(end)), window)
-            sent = len(self._file.decode(window))
-        if rest := self._file.decode(window)[sent:]:
+            window = next((end for end in ends if self.decode(end)), window)
+            sent = len(self.decode(window))
+        if rest := self.decode(window)[sent:]:
             yield rest
 
     def token_id(self, text: str) -> int | None:
@@ -126,6 +137,16 @@ class Tokenizer:
         """
         return self._file.pieces() if isinstance(self._file, _SentencePiece) else []
 
+    def _asked(self, function: Callable, *arguments: object) -> Any:
+        """What the library answers; InputError where its file does not allow an answer."""
+        try:
+            return function(*arguments)
+        except BaseException as error:
+            if not _of_library(error):
+                raise
+            why = " ".join(str(error).split())
+            raise InputError(f"the tokenizer in {self.checkpoint_dir} fails ({why:.300}); download it again") from None
+
     def _is_text(self, i: int) -> bool:
         return 0 <= i < self._file.size and i not in self._control_ids
 
@@ -138,6 +159,25 @@ class Tokenizer:
         found = next(known, None) if found is None else found
         self.special_tokens.update((name, text) for text, i in self._file.control.items() if i == found)
         return found
+
+
+def _of_library(error: BaseException) -> bool:
+    """Whether tokenizers raised it: a bare Exception, or what a panic of Rust becomes, which is none."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what a panic of Rust writes to stderr by itself: what it means is raised, too."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 class _SentencePiece:
@@ -155,9 +195,11 @@ class _SentencePiece:
         words = {t.id: t.text.replace(" ", "▁") for t in config.added if t.id >= size and t.special is False}
         # what is appended to a protocol buffer is merged into it: pieces (1) of a text (1) and a type (3), user-defined
         # (4) or, to fill a gap, control (3); in normalizer_spec (3) add_dummy_prefix (3), false
+        known, more = {*pieces}, []
         for i in range(size, max(words, default=-1) + 1):
-            piece, kind = (words[i], 4) if i in words and words[i] not in pieces else (f"<gap {i}>", 3)
-            raw += _field(1, _field(1, piece.encode()) + bytes([0x18, kind]))
+            piece, kind = (words[i], 4) if i in words and words[i] not in known else (f"<gap {i}>", 3)
+            more.append(_field(1, _field(1, piece.encode()) + bytes([0x18, kind])))
+        raw += b"".join(more)
         protos = raw, raw + _field(3, b"\x18\x00")
         self._whole, self._bare = (sentencepiece.SentencePieceProcessor(model_proto=proto) for proto in protos)
         self._words = WordCache(self._whole, self._bare)
@@ -211,8 +253,12 @@ class _TokenizersFile:
     """A ``tokenizer.json``."""
 
     def __init__(self, raw: bytes, config: TokenizerConfig) -> None:
-        document, model = {"added_tokens": []} | json.loads(raw), tokenizers.Tokenizer.from_buffer(raw).model
-        said = document["model"]
+        document = {"added_tokens": []} | json.loads(raw)
+        said, prefix = document["model"], document["model"].get("continuing_subword_prefix")
+        for merge in said.get("merges") or () if prefix else ():
+            if not (merge.split(" ") if isinstance(merge, str) else merge)[-1].startswith(prefix):
+                raise ValueError(f"the merge {merge!r} lacks the prefix {prefix!r}")  # which ends the process there
+        model = tokenizers.Tokenizer.from_buffer(raw).model
         for token in document["added_tokens"]:
             token["special"] = token["special"] or token["content"] in config.special
         # the rules without the model, which takes time to read, and without what would cut texts, left by someone's run
@@ -284,7 +330,7 @@ def _field(number: int, value: bytes) -> bytes:
 
 def _pattern(tokens: list[Added]) -> re.Pattern:
     """Finds the texts, the longest first, each in the group ``lastindex``, with the spaces that they take in."""
-    tokens, spaces = sorted(tokens, key=lambda t: -len(t.text)), r"\s*"
+    tokens, spaces = sorted(tokens, key=lambda t: (-len(t.text), t.lstrip, t.rstrip)), r"\s*"
     # neighbours of a kind in one group: a pattern that is one group of texts is searched for by their first characters
     kinds = groupby(tokens, key=lambda t: (t.lstrip, t.rstrip))
     texts = (

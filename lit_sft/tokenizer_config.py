@@ -96,6 +96,7 @@ def _text(token: str | dict[str, Any]) -> str:
     text = token["content"] if isinstance(token, dict) else token
     if not isinstance(text, str) or not text:
         raise ValueError(f"{token!r} is no token")
+    text.encode()  # a ValueError for half a surrogate pair
     return text
 
 
@@ -121,4 +122,5 @@ def _chat_template(directory: Path, value: str | list[dict[str, str]] | None) ->
         value = {template["name"]: template["template"] for template in value}.get("default")
     if not isinstance(value, str | None):
         raise TypeError(f"chat_template is a {type(value).__name__}")
+    (value or "").encode()
     return value

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +50,7 @@ def header(path: str, text: str) -> Spoil:
 
 def link(path: str, target: str) -> Spoil:
     def spoil() -> None:
-        Path(path).unlink()
+        Path(path).unlink(missing_ok=True)
         Path(path).symlink_to(target)
 
     return spoil
@@ -65,6 +66,43 @@ def tokenizer_json(text: str, where: str = "base") -> Spoil:
         Path(f"{where}/tokenizer.json").write_text(text)
 
     return spoil
+
+
+def family(name: str, **changes: object) -> Spoil:
+    return edit("raw/config.json", architectures=[f"{name}ForCausalLM"], **changes)
+
+
+def as_bin(change: Callable[[dict], dict]) -> Spoil:
+    """The weights as torch.save writes them."""
+
+    def spoil() -> None:
+        weights = load_file("raw/model.safetensors")
+        Path("raw/model.safetensors").unlink()
+        torch.save(change(weights), "raw/pytorch_model.bin")
+
+    return spoil
+
+
+def deflate(path: str) -> Spoil:
+    def spoil() -> None:
+        with zipfile.ZipFile(path) as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content)
+
+    return spoil
+
+
+BPE = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2},
+       "merges": ["a b"]}}  # fmt: skip
+ENDS = write("base/tokenizer_config.json", '{"eos_token": "b", "bos_token": "a"}')
+
+
+def tokenizer_of(where: str = "base", **model: object) -> Spoil:
+    """A tokenizer.json whose model is a small BPE with these changes."""
+    kept = {key: value for key, value in (BPE["model"] | model).items() if value is not ...}
+    return tokenizer_json(json.dumps(BPE | {"model": kept}), where)
 
 
 def record(step: int, **changes: object) -> Spoil:
@@ -113,7 +151,7 @@ BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
         ("too deep", "convert_hf_checkpoint", [], write("raw/config.json", "[" * 99_999), "config.json"),
         ("no family", "convert_hf_checkpoint", [], edit("raw/config.json", architectures=["GPT9"]), "GPT9"),
         ("no shape", "convert_hf_checkpoint", [], edit("raw/config.json", hidden_size=...), "hidden_size"),
-        ("a huge shape", "convert_hf_checkpoint", [], edit("raw/config.json", hidden_size=10**12), "n_embd"),
+        ("a huge shape", "convert_hf_checkpoint", [], edit("raw/config.json", hidden_size=10**12), "hidden_size"),
         ("a wrong shape", "convert_hf_checkpoint", [], edit("raw/config.json", intermediate_size=50), "shape"),
         ("many layers", "convert_hf_checkpoint", [], edit("raw/config.json", num_hidden_layers=10**6), ""),
         ("negative", "convert_hf_checkpoint", [], edit("raw/config.json", num_attention_heads=-2), "n_head"),
@@ -121,6 +159,26 @@ BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
         ("NaN", "convert_hf_checkpoint", [], edit("raw/config.json", rope_theta=float("nan")), "rope"),
         ("remote code", "convert_hf_checkpoint", [], edit("raw/config.json", hidden_act="os.system"), "hidden_act"),
         ("quantized", "convert_hf_checkpoint", [], edit("raw/config.json", quantization_config={"b": 4}), "quantiz"),
+        ("layers of Qwen2", "convert_hf_checkpoint", [], family("Qwen2", num_hidden_layers=10**12), "hidden_layers"),
+        ("layers of Phi-3", "convert_hf_checkpoint", [], family("Phi3", num_hidden_layers=10**19, sliding_window=9),
+         "num_hidden_layers"),
+        ("layers of SmolLM3", "doctor", [], family("SmolLM3", num_hidden_layers=10**9), "num_hidden_layers"),
+        ("layers of Mistral", "doctor", [], family("Mistral", num_hidden_layers=10**9), "num_hidden_layers"),
+        ("experts", "convert_hf_checkpoint", [], family("Mixtral", num_local_experts=2**31 - 1), "experts"),
+        ("experts, some", "convert_hf_checkpoint", [], family("Mixtral", num_local_experts=9000), "9000 experts"),
+        ("experts, doctor", "doctor", [], family("Mixtral", num_local_experts=2**31 - 1), "experts"),
+        ("a theta of 400 digits", "convert_hf_checkpoint", [], edit("raw/config.json", rope_theta=10**400), "large"),
+        ("a head of 400 digits", "convert_hf_checkpoint", [], edit("raw/config.json", head_dim=10**400), "head_dim"),
+        ("an infinite share", "doctor", [], edit("raw/config.json", partial_rotary_factor=float("inf")), "infinity"),
+        ("an infinite factor", "convert_hf_checkpoint", [],
+         edit("raw/config.json", rope_scaling={"type": "linear", "factor": float("inf")}), "rope_factor"),
+        ("an infinite original", "convert_hf_checkpoint", [], edit("raw/config.json", rope_scaling={
+            "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": float("inf")}), "infinity"),
+        ("names and a number", "doctor", [], edit("raw/config.json", architectures=["LlamaForCausalLM", 5]), "a list"),
+        ("a scaling of a number", "export_hf", [], edit("base/config.json", rope_scaling=5), "rope_scaling"),
+        ("parameters of text", "export_hf", [], edit("base/config.json", rope_parameters="x"), "rope_parameters"),
+        ("a condensation of text", "export_hf", [], edit("base/config.json", rope_condense_ratio="x"), "'x'"),
+        ("a link out", "export_hf", [], link("base/config.json", "../raw/config.json"), "is a link to"),
         ("missing", "doctor", [], remove("raw/config.json"), "config.json is missing"),
         ("a pipe", "convert_hf_checkpoint", [], pipe("raw/config.json"), "config.json is no regular file"),
         ("a device", "convert_hf_checkpoint", [], link("raw/config.json", "/dev/zero"), "config.json is no regular"),
@@ -156,6 +214,16 @@ BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
         ("integers", "convert_hf_checkpoint", [],
          tensors("raw/model.safetensors", with_tensor("model.norm.weight", torch.ones(32, dtype=torch.int64))), "norm"),
         ("a link to nowhere", "convert_hf_checkpoint", [], link("raw/model.safetensors", "gone"), ""),
+        ("zeros without end", "convert_hf_checkpoint", [],
+         as_bin(lambda t: t | {"lm_head.weight": torch.zeros(1).expand(2 * 10**9, 32)}), "more values than the file"),
+        ("a sparse one", "convert_hf_checkpoint", [],
+         as_bin(lambda t: t | {"lm_head.weight": t["lm_head.weight"].to_sparse()}), "sparse_coo"),
+        ("one in rows", "doctor", [],
+         as_bin(lambda t: t | {"lm_head.weight": t["lm_head.weight"].to_sparse_csr()}), "sparse_csr"),
+        ("one without contents", "convert_hf_checkpoint", [],
+         as_bin(lambda t: t | {"lm_head.weight": t["lm_head.weight"].to("meta")}), "meta"),
+        ("a compressed .bin", "convert_hf_checkpoint", [], both(as_bin(dict), deflate("raw/pytorch_model.bin")),
+         "is compressed"),
         ("a text as .bin", "convert_hf_checkpoint", [],
          both(remove("raw/model.safetensors"), write("raw/pytorch_model.bin", "weights")), "pytorch_model.bin"),
         ("an empty .bin", "convert_hf_checkpoint", [],
@@ -168,6 +236,13 @@ BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
         ("other tensors", "generate", [], tensors(BASE, without(2)), "does not hold its own model"),
         ("another shape", "generate", [], tensors(BASE, with_tensor("norm.weight", torch.ones(3))), "norm.weight"),
         ("many layers", "generate", [], edit("base/model_config.json", n_layer=9999), "layers are asked for"),
+        ("many experts", "generate", [], edit("base/model_config.json", n_expert=9999, n_expert_per_token=1), "19998"),
+        ("experts without end", "lora", [], edit("base/model_config.json", n_expert=2**31, n_expert_per_token=1), ""),
+        ("a file out of it", "export_hf", [], link("base/merges.txt", "../rows.csv"), "is a link to"),
+        ("a file out of it, merged", "merge_lora", [], link("base/merges.txt", "../rows.csv"), "is a link to"),
+        ("a file out of it, gguf", "export_gguf", [], link("base/chat_template.jinja", "../style.jinja"), "is a link"),
+        ("a file out of it, trained", "full", [], link("base/vocab.json", "../rows.csv"), "is a link to"),
+        ("stop ids too large", "export_gguf", [], edit("base/manifest.json", facts={"stop_ids": [10**30]}), "stop_ids"),
         ("no config", "generate", [], write("base/model_config.json", "{}"), "model_config.json"),
         ("a huge number", "lora", [], edit("base/model_config.json", logits_softcap=10**30), "logits_softcap"),
         ("an unknown field", "generate", [], edit("base/model_config.json", speed=3), "model_config.json"),
@@ -201,6 +276,26 @@ BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
         ("an id that is none", "prepare_csv", [],
          write("base/tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "a"}}}'), "tokenizer_config"),
         ("cut, gguf", "export_gguf", [], cut("base/tokenizer.model"), "tokenizer.model"),
+        ("a prefix too long", "prepare_csv", [], tokenizer_of(continuing_subword_prefix="#" * 9), "lacks the prefix"),
+        ("a prefix in a letter", "doctor", [],
+         tokenizer_of("raw", continuing_subword_prefix="#", vocab={"a": 0, "é": 1}, merges=["a é"]), "lacks the"),
+        ("a charsmap", "generate", [],
+         tokenizer_json(json.dumps(BPE | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}})),
+         "tokenizer.json"),
+        ("no length", "prepare_csv", [],
+         tokenizer_json(json.dumps(BPE | {"pre_tokenizer": {"type": "FixedLength", "length": 0}})), "tokenizer.json"),
+        ("an unknown token added", "doctor", [], tokenizer_json(json.dumps(BPE | {"post_processor": {
+            "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "zz", "type_id": 0}}], "pair": [],
+            "special_tokens": {}}}), "raw"), "tokenizer.json"),
+        ("words without unknown", "prepare_csv", [],
+         both(ENDS, tokenizer_of(type="WordLevel", unk_token="zz", merges=...)), "the tokenizer in base fails"),
+        ("pairs without unknown", "generate", [], both(ENDS, tokenizer_of(unk_token="zz")), "base"),
+        ("pieces without unknown", "generate", [],
+         both(ENDS, tokenizer_of(type="Unigram", unk_id=None, vocab=[["a", -1], ["b", -2]], merges=...)), "base"),
+        ("half a pair of surrogates", "prepare_csv", [],
+         write("base/tokenizer_config.json", '{"bos_token": "\\ud800"}'), "tokenizer_config.json"),
+        ("half a pair, gguf", "export_gguf", [],
+         write("base/tokenizer_config.json", '{"chat_template": "\\ud800"}'), "tokenizer_config.json"),
     ],
     "template": [
         ("open", "prepare_csv", ["--prompt_style=style.jinja"], write("style.jinja", "{% for"), "style.jinja"),
@@ -213,6 +308,11 @@ BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
         ("Latin-1", "prepare_csv", ["--prompt_style=style.jinja"], write("style.jinja", b"\xe9"), "style.jinja"),
         ("the checkpoint's", "prepare_csv", [], write("base/chat_template.jinja", "{{ 1/0 }}"), ""),
         ("the config's", "prepare_csv", [], write("base/tokenizer_config.json", '{"chat_template": 5}'), ""),
+        ("parentheses", "prepare_csv", ["--prompt_style=style.jinja"],
+         write("style.jinja", "{{ " + "(" * 3000 + "instruction" + ")" * 3000 + " }}"), "style.jinja"),
+        ("a wide number", "prepare_csv", ["--prompt_style=style.jinja"],
+         write("style.jinja", "{{ '%1000000000d'|format(1) }}{{ instruction }}"), "more than 1 GB"),
+        ("a device", "prepare_csv", ["--prompt_style=style.jinja"], link("style.jinja", "/dev/zero"), "is no file"),
         ("drops the answer", "prepare_csv", ["--prompt_style=style.jinja"], write("style.jinja", "hello"), ""),
     ],
     "data": [
@@ -308,6 +408,7 @@ BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
         ("a rank of text", "merge_lora", [], edit("run/adapter/adapter_config.json", lora_r="four"), "lora_r"),
         ("another rank", "export_peft", [], edit("run/adapter/adapter_config.json", lora_r=7), "adapter.safetensors"),
         ("a huge rank", "merge_lora", [], edit("run/adapter/adapter_config.json", lora_r=10**9), ""),
+        ("a huge alpha", "merge_lora", [], edit("run/adapter/adapter_config.json", lora_alpha=1e308), "lora_alpha"),
         ("an unknown field", "merge_lora", [], edit("run/adapter/adapter_config.json", lora_speed=1), "lora_speed"),
         ("a tensor less", "merge_lora", [], tensors(ADAPTER, without(1)), "does not fit the model"),
         ("stop ids of text", "generate", ["--adapter_dir=run"],
@@ -323,6 +424,12 @@ BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
         ("an infinite alpha", "import_peft", [], edit("peft/adapter_config.json", lora_alpha=float("inf")), ""),
         ("patterns of a list", "import_peft", [], edit("peft/adapter_config.json", rank_pattern=[1]), ""),
         ("an open pattern", "import_peft", [], edit("peft/adapter_config.json", rank_pattern={"[": 1}), ""),
+        ("slow stars", "import_peft", [], edit("peft/adapter_config.json", rank_pattern={".*" * 30 + "ZZ": 4}), ".*"),
+        ("slow choices", "import_peft", [],
+         edit("peft/adapter_config.json", alpha_pattern={"(.*|.*|.*)" * 8 + "Z": 4}), "(.*|"),
+        ("slow dots", "import_peft", [], edit("peft/adapter_config.json", rank_pattern={"." * 499 + "!": 4}), "..."),
+        ("a long alpha", "import_peft", [], edit("peft/adapter_config.json", lora_alpha=10**400), "lora_alpha"),
+        ("a huge alpha", "import_peft", [], edit("peft/adapter_config.json", lora_alpha=1e308), "lora_alpha"),
         ("no tensors", "import_peft", [], remove("peft/adapter_model.safetensors"), "adapter_model"),
         ("tensors cut", "import_peft", [], cut("peft/adapter_model.safetensors"), "adapter_model"),
         ("an unknown tensor", "import_peft", [],

@@ -482,6 +482,8 @@ NO_SUCH_THING: list[tuple[str, str, list[str], str]] = [
     ("no memory", "estimate", ["--data_dir=data", "--device_memory_gb=5e-324"], "_gb 5e-324 must be above 0.6"),
     ("endless memory", "estimate", ["--data_dir=data", "--device_memory_gb=1e308"], "1e+308 must be a number of at"),
     ("rank", "lora", ["--lora_r", "0"], "--lora_r 0 must be above 0"),
+    ("huge rank", "lora", ["--lora_r=99999999999999999999"], "--lora_r 99999999999999999999 must be above 0, at most"),
+    ("huge alpha", "lora", ["--lora_alpha=1e308"], "--lora_alpha 1e+308 must be above 0, at most 1e6"),
     ("dropout", "lora", ["--lora_dropout", "1"], "--lora_dropout 1.0 must be in [0, 1)"),
     ("huge seed", "lora", ["--seed", "99999999999999999999"], "999999 must be a number of at most 4,294,967"),
     ("negative seed", "prepare_csv", ["--csv_path=my.csv", "--seed=-1"], "--seed -1 must be in"),
@@ -513,7 +515,7 @@ NO_SUCH_THING: list[tuple[str, str, list[str], str]] = [
         "all problems at once",
         "lora",
         ["--lora_r=0", "--epochs=0", "--lr_warmup_steps=-2", "--lora_dropout=2"],
-        "--epochs 0 must be above 0; --lr_warmup_steps -2 must not be negative; --lora_r 0 must be above 0; --lora_d",
+        "--epochs 0 must be above 0; --lr_warmup_steps -2 must not be negative; --lora_r 0 must be above 0, at most",
     ),
     # checkpoints
     ("no checkpoint, convert", "convert_hf_checkpoint", ["--checkpoint_dir", "test/none"], "no checkpoint directory"),

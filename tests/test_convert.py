@@ -202,7 +202,7 @@ def test_unmapped_and_missing_weights_are_named_and_fatal(tmp_path: Path, change
         ({"num_key_value_heads": 3}, "not a multiple"),
         ({"vocab_size": None}, "vocab_size"),
         ({"vocab_size": 10**22}, "vocab_size is .* at most"),
-        ({"num_hidden_layers": 10**9}, "n_layer is .* at most 10,000"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is .* at most 10,000"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be a positive integer"),
         ({"rms_norm_eps": "x"}, "norm_eps is 'x'"),
         ({"rms_norm_eps": float("nan")}, "norm_eps is nan"),

@@ -1,13 +1,12 @@
 """Named styles against texts written out from what was published; chat templates against transformers' rendering."""
 
 import re
-import resource
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import chat_templates
-import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -601,6 +600,8 @@ def test_template_refused(template, messages, fragment):
     assert fragment in message and "--prompt_style" in message
 
 
+BLOCK = "{{% block b{i} %}}{{% if self.b{j}() or self.b{j}() %}}{{% endif %}}{{% endblock %}}"
+ONE_LIMIT = "it takes more than"  # of time or of memory
 HOSTILE = {  # template → what the one line of the refusal says
     "classes": ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "is unsafe"),
     "globals": ("{{ raise_exception.__globals__['os'] }}", "unsafe"),
@@ -625,21 +626,45 @@ HOSTILE = {  # template → what the one line of the refusal says
     ),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
     "brackets": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "maximum recursion depth exceeded"),
-    "power": ("{{ 10 ** 10 ** 9 }}", "number too large"),
+    "power": ("{{ 10 ** (10 ** 9) }}", "takes more than 0.2 s"),
     "squares": (
         "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
-        "number too large",
+        "takes more than 0.2 s",
     ),
-    "text": ("{{ 'a' * 10 ** 10 }}", "more than 2 GB of memory"),
-    "list": ("{{ ([0] * 10 ** 10) | length }}", "more than 2 GB of memory"),
-    "width": ("{{ 'a' | center(10 ** 10) }}", "more than 2 GB of memory"),
-    "digits": ("{{ '%010000000000d' % 1 }}", "more than 2 GB of memory"),
+    "text": ("{{ 'a' * 10 ** 10 }}", "more than 1 GB of memory"),
+    "list": ("{{ ([0] * 10 ** 10) | length }}", "more than 1 GB of memory"),
+    "width": ("{{ 'a' | center(10 ** 10) }}", "more than 1 GB of memory"),
+    "digits": ("{{ '%010000000000d' % 1 }}", "more than 1 GB of memory"),
     "doubling": (
         "{% set n = namespace(x='a' * 9999) %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
         "it takes more than",
     ),
     "latin": ("{{ lipsum(n=10 ** 6) }}", "'lipsum' is undefined"),
-    "rounding": ("{{ 1 | round(10 ** 8, 'floor') }}", "No filter named 'round'"),
+    "rounding": ("{{ 1 | round(10 ** 8, 'floor') }}", "takes more than 0.2 s"),
+    # in C, where nothing but the end of the process interrupts them
+    "blocks": (
+        "".join(BLOCK.format(i=i, j=i + 1) for i in range(40)) + "{% block b40 %}{% endblock %}",
+        "takes more than 0.2 s",
+    ),
+    "shared text": ("{% set s = 'a' * 10**7 %}{{ ([s] * 10**7) | map('upper') | map('length') | sum }}", ONE_LIMIT),
+    "a sum of lists": ("{{ (([[1]] * 3000000) | sum(start=[])) | length }}", ONE_LIMIT),
+    "wrapping": ("{{ ('a ' * 20000000) | wordwrap(1) | length }}", ONE_LIMIT),
+    "nested lists": ("{{ ([[[['a'] * 50] * 50] * 50] * 50) | pprint | length }}", ONE_LIMIT),
+    "a precision": ("{{ '%.999999999f' | format(1.5) }}", ONE_LIMIT),
+    "centered": ("{{ range(100000) | map('center', 1000000) | map('length') | sum }}", ONE_LIMIT),
+    "a wide number": ("{{ '%1000000000d' | format(1) }}", ONE_LIMIT),
+    "a wide JSON": ("{{ [1] | tojson(indent=1500000000) }}", ONE_LIMIT),
+    "a hash": (
+        "{% set n = namespace(t=()) %}{% for i in range(60) %}{% set n.t = (n.t, n.t) %}{% endfor %}{{ {n.t: 1} }}",
+        ONE_LIMIT,
+    ),
+    "a long text": ("{{ 'a' * 2000000 }}", "it writes 2,000,000 characters"),
+    "a long refusal": ("{{ raise_exception('a' * 100000) }}", "aaa"),
+    # parsing
+    "conditions": ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "re"),
+    "nots": ("{{ " + "not " * 5000 + "1 }}", "re"),
+    "terms": ("{{ " + "1 + " * 20000 + "1 }}", "re"),
+    "a long number": ("{{ " + "1" * 5000 + " }}", "digits"),
 }
 
 
@@ -647,18 +672,74 @@ HOSTILE = {  # template → what the one line of the refusal says
 def test_hostile_templates(monkeypatch, template, fragment):
     if "memory" in fragment and not Path("/proc/self/statm").exists():
         pytest.skip("only Linux limits a process's memory")
-    monkeypatch.setattr(lit_sft.chat_template, "TEMPLATE_SECONDS", 0.2)
-    before = resource.getrlimit(resource.RLIMIT_AS)
+    monkeypatch.setattr(lit_sft.sandbox, "TEMPLATE_SECONDS", 0.2)
     message = refusal(ONE, CHAT_TEMPLATE, template)
-    assert fragment in message and message.endswith("; name a --prompt_style") and len(message) < 300
-    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert fragment in message and message.endswith("; name a --prompt_style") and len(message) < 700
 
 
 def test_an_endless_template_ends_in_every_thread(monkeypatch):
-    monkeypatch.setattr(lit_sft.chat_template, "TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr(lit_sft.sandbox, "TEMPLATE_SECONDS", 0.2)
     with ThreadPoolExecutor(2) as pool:
         found = [pool.submit(refusal, ONE, CHAT_TEMPLATE, HOSTILE[kind][0]) for kind in ("loops", "macros")]
         assert all("it takes more than 0.2 s" in one.result() for one in found)
+
+
+def test_a_style_of_ones_own_has_the_same_limits(monkeypatch):
+    monkeypatch.setattr(lit_sft.sandbox, "TEMPLATE_SECONDS", 0.2)
+    for kind in ("blocks", "a sum of lists", "brackets", "nots", "terms", "a long number"):
+        with pytest.raises(InputError, match=r"the Jinja of the prompt style (fails|cannot be read): "):
+            resolve_style("{{ instruction }}" + HOSTILE[kind][0])
+
+
+def test_a_template_over_a_limit_is_not_run_again(monkeypatch):
+    """Each of a thousand rows would take ten seconds."""
+    monkeypatch.setattr(lit_sft.sandbox, "TEMPLATE_SECONDS", 0.2)
+    template = HOSTILE["loops"][0] + "{{ 1 }}"
+    message = refusal(ONE, CHAT_TEMPLATE, template)
+    start = time.monotonic()
+    assert [refusal((user(f"{i}"),), CHAT_TEMPLATE, template) for i in range(9)] == [message] * 9
+    assert time.monotonic() - start < 0.2
+
+
+def test_slow_renderings_have_the_limit_together(monkeypatch):
+    monkeypatch.setattr(lit_sft.sandbox, "TEMPLATE_SECONDS", 0.8)
+    slow = "{% set x = (range(99999) | map('center', 1999) | map('length') | sum) * 0 %}" + chat_templates.CHATML
+    with pytest.raises(InputError, match=r"takes more than 0\.8 s"):
+        for i in range(99):
+            render((user(f"{i}"), assistant("x")), CHAT_TEMPLATE, SPECIAL, slow)
+
+
+def test_a_process_that_died_is_started_again():
+    arguments = (ONE, CHAT_TEMPLATE, SPECIAL, chat_templates.MARKED)
+    before, other = render(*arguments), chat_templates.MARKED + "{# another #}"
+    lit_sft.sandbox._process.child.kill()
+    assert "it ends Python" in refusal(ONE, CHAT_TEMPLATE, other)
+    assert render(*arguments) == before
+
+
+def test_an_answer_that_was_not_waited_for_is_nobodys():
+    """A signal between request and answer: the next request is not answered with the last one's text."""
+    arguments = (ONE, CHAT_TEMPLATE, SPECIAL, chat_templates.MARKED)
+    before = render(*arguments)
+
+    class Interrupted:
+        def __init__(self, child):
+            self.child, self.stdin, self.stdout = child, child.stdin, self
+
+        def readline(self):
+            raise KeyboardInterrupt
+
+        def __getattr__(self, name):
+            return getattr(self.child.stdout if name == "close" else self.child, name)
+
+    lit_sft.sandbox._process.child = Interrupted(lit_sft.sandbox._process.child)
+    with pytest.raises(KeyboardInterrupt):
+        render((user("never"), assistant("x")), CHAT_TEMPLATE, SPECIAL, chat_templates.MARKED)
+    assert render(*arguments) == before
+
+
+def test_spaces_before_no_thought_are_read_once():
+    render((user("x"), assistant(" " * 200000 + "y")), CHAT_TEMPLATE, SPECIAL, chat_templates.CHATML)
 
 
 def test_templates_render_in_threads():
@@ -673,8 +754,8 @@ def test_templates_render_in_threads():
 def test_rendering_costs_one_render_a_dialogue(monkeypatch):
     """What depends on the template and the roles alone is found once, not for each of 50,000 dialogues."""
     render(TWO, CHAT_TEMPLATE, SPECIAL, chat_templates.CHATML)
-    calls, original = [], jinja2.Template.render
-    monkeypatch.setattr(jinja2.Template, "render", lambda *a, **k: calls.append(a) or original(*a, **k))
+    calls, original = [], lit_sft.chat_template.render_jinja
+    monkeypatch.setattr(lit_sft.chat_template, "render_jinja", lambda *a: calls.append(a) or original(*a))
     for i in range(5):
         render((user(f"{i}"), assistant("x"), user("y"), assistant("z")), CHAT_TEMPLATE, SPECIAL, chat_templates.CHATML)
     assert len(calls) == 5

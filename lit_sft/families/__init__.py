@@ -44,8 +44,8 @@ FAMILIES = (
 def find_family(hf_config: dict) -> Family:
     """The family of a Hub config.json, by its architecture and never by a folder's name; InputError when unknown."""
     architectures = hf_config.get("architectures") or []
-    if not isinstance(architectures, list):
-        raise InputError(f"config.json: architectures is {architectures!r}, not a list of names")
+    if not (isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)):
+        raise InputError(f"config.json: architectures is {architectures!r:.99}, not a list of names")
     for family in FAMILIES:
         if any(name in family.architectures for name in architectures):
             return family

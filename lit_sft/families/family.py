@@ -80,7 +80,7 @@ class Family:
         fields = Fields(text_config(hf_config))
         try:
             config = self.read(fields)
-        except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise InputError(f"config.json: a field has the wrong type or value ({error})") from None
         fields.check_unread(self.name)
         return config, fields

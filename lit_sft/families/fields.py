@@ -63,6 +63,7 @@ COUNTS = """
     n_head_kv n_layer num_attention_heads num_experts num_experts_per_tok num_heads num_hidden_layers
     num_key_value_heads num_kv_heads num_local_experts vocab_size
 """.split()  # noqa: SIM905 (a list of that many lines)
+LARGEST = dict.fromkeys(("n_layer", "num_hidden_layers"), 10_000)  # lists of all layers are made of it
 OBJECTS = {"rope_parameters", "rope_scaling"}
 
 
@@ -80,8 +81,9 @@ class Fields:
         if name is None:
             return default
         value = self.content[name]
-        if name in COUNTS and (type(value) is not int or value < 1):
-            raise InputError(f"config.json: {name} is {value!r}; it must be a positive integer")
+        most = LARGEST.get(name, 2**31)
+        if name in COUNTS and (type(value) is not int or not 1 <= value <= most):
+            raise InputError(f"config.json: {name} is {value!r:.40}; it must be a positive integer, at most {most:,}")
         if name in OBJECTS and not isinstance(value, dict):
             raise InputError(f"config.json: {name} is {value!r}; it must be an object")
         return value
