@@ -59,7 +59,7 @@ def resolve_style(given: str) -> str:
     path = Path(given)
     if path.suffix not in OWN_SUFFIXES and not path.is_file():
         raise InputError(f"unknown prompt style {given!r}; {known_styles()}")
-    if path.exists() and not path.is_file():
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a device or a pipe, which may never end
         raise InputError(f"--prompt_style {given} is no file; give a file, or a name")
     try:
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
