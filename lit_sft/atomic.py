@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lit_sft import __version__
+from lit_sft.documents import read_bytes
 from lit_sft.errors import InputError, NewerFormat
-from lit_sft.layout import MANIFEST, read_bytes
+from lit_sft.layout import MANIFEST
 from lit_sft.redact import command_line
 
 FORMAT_VERSION = 1

@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_sft.args import LoRAArgs
 from lit_sft.atomic import Manifest, publish_directory, write_atomically
 from lit_sft.config import ModelConfig
+from lit_sft.documents import read_json
 from lit_sft.errors import InputError
 from lit_sft.layout import (
     ADAPTER_CONFIG,
@@ -27,7 +28,6 @@ from lit_sft.layout import (
     MODEL_WEIGHTS,
     check_checkpoint_dir,
     copied_files,
-    read_json,
     saved_states,
 )
 from lit_sft.lora import apply_lora, lora_state_dict

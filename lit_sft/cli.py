@@ -17,8 +17,8 @@ from typing import Any, NoReturn, get_type_hints
 import jsonargparse
 
 import lit_sft
+from lit_sft.documents import YAML_BYTES, NotYAML, load_yaml, read_bytes
 from lit_sft.errors import InputError, Interrupted, RunFailed, stops, words
-from lit_sft.layout import YAML_BYTES, NotYAML, load_yaml, read_bytes
 from lit_sft.output import outliving
 from lit_sft.redact import remember_arguments, shortened, without_secrets
 

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
+from lit_sft.documents import read_bytes
 from lit_sft.errors import InputError
-from lit_sft.layout import MODEL_CONFIG, read_bytes
+from lit_sft.layout import MODEL_CONFIG
 
 LARGEST = {"n_layer": 10_000}  # a file that asks for more would build modules until memory ends
 MOST_EXPERTS = 50_000  # of all layers together, for the same reason; the largest models have half of that

@@ -14,10 +14,11 @@ from torch import Tensor
 from lit_sft.args import ConvertArgs
 from lit_sft.atomic import renewing
 from lit_sft.config import ModelConfig
+from lit_sft.documents import read_json
 from lit_sft.errors import InputError
 from lit_sft.families import find_family
 from lit_sft.families.family import Family, Fused, Stacked, Target, WeightNames
-from lit_sft.layout import HF_CONFIG, read_json, resolve_checkpoint_dir
+from lit_sft.layout import HF_CONFIG, resolve_checkpoint_dir
 from lit_sft.locks import lock
 from lit_sft.model import GPT
 from lit_sft.weights import SAFETENSORS_NAMES, Weight, write_checkpoint

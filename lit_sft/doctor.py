@@ -18,11 +18,12 @@ from lit_sft.convert import (
     weight_shapes,
     with_vocabulary_of,
 )
+from lit_sft.documents import read_json
 from lit_sft.errors import InputError
 from lit_sft.families import find_family
 from lit_sft.families.family import Family
 from lit_sft.families.fields import NEUTRAL
-from lit_sft.layout import HF_CONFIG, MANIFEST, read_json, resolve_checkpoint_dir
+from lit_sft.layout import HF_CONFIG, MANIFEST, resolve_checkpoint_dir
 from lit_sft.prompts import style_label
 from lit_sft.samples import default_style, stop_ids
 from lit_sft.styles import PROMPT_STYLES

@@ -13,6 +13,7 @@ from lit_sft.atomic import Manifest, publish_directory, replacing, write_atomica
 from lit_sft.checkpoint import check_model, read_adapter, read_adapter_config, resolve_base
 from lit_sft.config import ModelConfig
 from lit_sft.convert import cast, open_safetensors, to_hf
+from lit_sft.documents import read_json
 from lit_sft.errors import InputError
 from lit_sft.families import find_family
 from lit_sft.families.family import Family
@@ -24,7 +25,6 @@ from lit_sft.layout import (
     check_checkpoint_dir,
     check_new,
     copied_files,
-    read_json,
 )
 from lit_sft.prompts import PROMPT_FACTS, check_prompt_facts
 from lit_sft.weights import Weight, write_safetensors, write_shards

@@ -10,8 +10,8 @@ stands for, the pre-tokenizer in tokenizer.json.
 import re
 from dataclasses import dataclass
 
+from lit_sft.documents import read_json
 from lit_sft.errors import InputError
-from lit_sft.layout import read_json
 from lit_sft.tokenizer import Tokenizer
 
 KINDS = {"normal": 1, "unknown": 2, "control": 3, "user_defined": 4, "unused": 5, "byte": 6}

@@ -8,6 +8,7 @@ from pathlib import Path
 from lit_sft.atomic import Manifest, sha256_of
 from lit_sft.checkpoint import ADAPTER, load_model, read_adapter_config, resolve_base
 from lit_sft.convert import source_weights
+from lit_sft.documents import read_bytes, read_json, read_yaml
 from lit_sft.errors import InputError
 from lit_sft.layout import (
     ADAPTER_CONFIG,
@@ -20,9 +21,6 @@ from lit_sft.layout import (
     RUN_ARGUMENTS,
     RUN_INPUTS,
     STATES_DIR,
-    read_bytes,
-    read_json,
-    read_yaml,
     saved_states,
     state_name,
     step_of,

@@ -73,7 +73,6 @@ def fit(
                 record = train_step(fabric, model, optimizer, lr_at(number), train_steps[number], args, dropout)
             except (FloatingPointError, MemoryError) as error:
                 metrics.close()
-                metrics.flush()
                 where = save(number - 1)
                 why = _explain(error, fabric, model, train_steps, number, advise)
                 raise RunFailed(f"{error}: {why}; the update was not made, saved {where}") from None

@@ -12,8 +12,9 @@ from statistics import median
 from tqdm import tqdm
 
 from lit_sft.atomic import fsync, write_atomically
+from lit_sft.documents import read_bytes
 from lit_sft.errors import InputError
-from lit_sft.layout import METRICS, read_bytes
+from lit_sft.layout import METRICS
 from lit_sft.output import outliving
 
 PLAIN_INTERVAL = 10.0  # seconds between lines where the output is no terminal
@@ -146,6 +147,7 @@ class Metrics:
                 sys.stdout.flush()
 
     def close(self) -> None:
-        """Leave the live line as it stands."""
+        """Leave the live line as it stands, and see the records to the disk."""
+        self.flush()
         with outliving(sys.stderr):
             self.bar.close()

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from lit_sft.args import MOST_INT
+from lit_sft.documents import read_bytes, read_yaml
 from lit_sft.errors import InputError
 from lit_sft.hub_datasets import HubDataset
-from lit_sft.layout import read_bytes, read_yaml
 from lit_sft.prepare_args import PrepareArgs
 from lit_sft.readers import READERS, file_rows
 from lit_sft.rows import Columns, Malformed, listed

@@ -21,10 +21,11 @@ from lit_sft.atomic import Manifest, publish_directory, write_atomically
 from lit_sft.checkpoint import read_adapter, read_adapter_config, resolve_base
 from lit_sft.config import ModelConfig
 from lit_sft.convert import weight_shapes
+from lit_sft.documents import read_json
 from lit_sft.errors import InputError
 from lit_sft.families import find_family
 from lit_sft.families.family import Fused, WeightNames, split_numbers
-from lit_sft.layout import DOWNLOAD_RECORD, HF_CONFIG, check_new, read_json
+from lit_sft.layout import DOWNLOAD_RECORD, HF_CONFIG, check_new
 from lit_sft.weights import Weight, write_safetensors
 
 PEFT = "PEFT adapter"

@@ -13,10 +13,11 @@ from lit_sft.args import ImportPeftArgs, LoRAArgs
 from lit_sft.checkpoint import adapter_facts, base_fingerprint, save_adapter
 from lit_sft.config import ModelConfig
 from lit_sft.convert import open_pickle, open_safetensors
+from lit_sft.documents import read_json
 from lit_sft.errors import InputError
 from lit_sft.export import open_source
 from lit_sft.families.family import WeightNames
-from lit_sft.layout import check_checkpoint_dir, check_new, read_json
+from lit_sft.layout import check_checkpoint_dir, check_new
 from lit_sft.lora import LoRALinear, apply_lora
 from lit_sft.model import GPT
 from lit_sft.peft import OUR_FACTS, PEFT_CONFIG, PEFT_WEIGHTS, Pair, names_of, split

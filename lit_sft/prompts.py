@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from lit_sft.chat_template import Part, end_part, fill_template, render_template
+from lit_sft.documents import read_bytes
 from lit_sft.errors import InputError
-from lit_sft.layout import read_bytes
 from lit_sft.sandbox import template_variables
 from lit_sft.styles import CHAT_TEMPLATE, PROMPT_STYLES, PromptStyle
 

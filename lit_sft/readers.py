@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lit_sft.documents import read_json
 from lit_sft.errors import InputError
-from lit_sft.layout import read_json
 from lit_sft.rows import ALIASES, Malformed, Row, kind_of, listed
 
 

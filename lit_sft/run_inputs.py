@@ -13,8 +13,9 @@ from lit_sft import __version__
 from lit_sft.args import TrainArgs
 from lit_sft.atomic import Manifest
 from lit_sft.checkpoint import base_fingerprint
+from lit_sft.documents import read_json, read_yaml
 from lit_sft.errors import InputError
-from lit_sft.layout import RUN_ARGUMENTS, RUN_INPUTS, read_json, read_yaml, saved_states
+from lit_sft.layout import RUN_ARGUMENTS, RUN_INPUTS, saved_states
 from lit_sft.output import tell
 from lit_sft.prompts import PROMPT_FACTS
 from lit_sft.shards import Shards

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from lit_sft.atomic import Manifest, discard, publish_directory, write_atomically
 from lit_sft.checkpoint import copy_tensors, opened, write_tensors
+from lit_sft.documents import read_json
 from lit_sft.errors import InputError, NewerFormat
-from lit_sft.layout import STATES_DIR, read_json, saved_states, state_name, step_of
+from lit_sft.layout import STATES_DIR, saved_states, state_name, step_of
 from lit_sft.output import tell
 
 STATE = "state"

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lit_sft.documents import read_bytes
 from lit_sft.errors import InputError
-from lit_sft.layout import HF_CONFIG, read_bytes
+from lit_sft.layout import HF_CONFIG
 
 MOST_IDS = 1 << 20  # four times the largest vocabulary known; more is a damaged file
 

@@ -11,8 +11,9 @@ from lit_sft.args import ConvertArgs
 from lit_sft.checkpoint import load_model
 from lit_sft.config import ModelConfig
 from lit_sft.convert import convert_checkpoint, source_weights
+from lit_sft.documents import read_json
 from lit_sft.errors import InputError, RunFailed
-from lit_sft.layout import HF_CONFIG, MANIFEST, read_json, resolve_checkpoint_dir
+from lit_sft.layout import HF_CONFIG, MANIFEST, resolve_checkpoint_dir
 
 TOKENS = 256
 TOLERANCE = 1e-4

@@ -18,9 +18,9 @@ from lit_sft.atomic import Manifest
 from lit_sft.checkpoint import read_adapter_config
 from lit_sft.config import ModelConfig
 from lit_sft.convert import source_weights
+from lit_sft.documents import read_json
 from lit_sft.errors import InputError
 from lit_sft.families import find_family
-from lit_sft.layout import read_json
 from lit_sft.metrics import Metrics
 from lit_sft.run_report import write_run_report
 from lit_sft.states import read_state_facts
