@@ -45,13 +45,6 @@ class Parser(jsonargparse.ArgumentParser):
             text += " (one that begins with a dash is written --FLAG=VALUE)"
         raise InputError(f"{text}; {self.prog} --help lists the flags")
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """As the library's; InputError also for what YAML's own readers of numbers, dates or depth stumble over."""
-        try:
-            return super().parse_args(*args, **kwargs)
-        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-            self.error(f"a value cannot be read ({type(error).__name__}): write it as plain text, without YAML's tags")
-
     def dump(self, *args: Any, **kwargs: Any) -> str:
         """The text of --print_config: a token is not for files, so it is left out."""
         return re.sub(r"(?m)^(access_token:).*(\n .*)*", r"\1 null", super().dump(*args, **kwargs))

@@ -42,7 +42,7 @@ def next_token(
     if not probabilities.isfinite().all():
         raise InputError("the model's logits are not finite: its weights are damaged, or overflow in its dtype")
     before = probabilities.cumsum(-1) - probabilities  # the mass of the likelier ones
-    probabilities = torch.where(before < max(top_p, 1e-9), probabilities, 0.0)
+    probabilities = torch.where(before < top_p, probabilities, 0.0)
     return int(order[torch.multinomial(probabilities.cpu(), 1, generator=generator).to(order.device)])
 
 

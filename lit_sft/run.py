@@ -194,7 +194,7 @@ def _check_resume(args: TrainArgs) -> None:
             raise InputError(
                 f"{out_dir} holds {found[0]} but no {RUN_ARGUMENTS}: no run to go on with; name another --out_dir"
             )
-    elif not (out_dir / RUN_INPUTS).is_file():  # which is written before it
+    elif not (out_dir / RUN_INPUTS).exists():  # which is written before it
         raise InputError(f"{out_dir} holds a {RUN_ARGUMENTS} but no {RUN_INPUTS} of a run; name another --out_dir (a "
                          "saved state in it can be generated from, merged and exported)")  # fmt: skip
     elif args.resume == "never":

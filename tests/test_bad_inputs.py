@@ -312,7 +312,7 @@ BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
          write("style.jinja", "{{ " + "(" * 3000 + "instruction" + ")" * 3000 + " }}"), "style.jinja"),
         ("a wide number", "prepare_csv", ["--prompt_style=style.jinja"],
          write("style.jinja", "{{ '%1000000000d'|format(1) }}{{ instruction }}"), "more than 1 GB"),
-        ("a device", "prepare_csv", ["--prompt_style=style.jinja"], link("style.jinja", "/dev/zero"), "is no file"),
+        ("a device", "prepare_csv", ["--prompt_style=style.jinja"], link("style.jinja", "/dev/zero"), "no regular"),
         ("drops the answer", "prepare_csv", ["--prompt_style=style.jinja"], write("style.jinja", "hello"), ""),
     ],
     "data": [

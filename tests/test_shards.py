@@ -183,7 +183,7 @@ DAMAGE = {
     "no object": (lambda f: (f / "manifest.json").write_text("[1]"), "is not a manifest"),
     "binary": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe\0"), "is not a manifest"),
     "newer": (lambda f: edit(f, format_version=99), "has format 99, newer than 1; update lit_sft"),
-    "other kind": (lambda f: edit(f, kind="adapter"), "is a adapter directory, not a data directory"),
+    "other kind": (lambda f: edit(f, kind="adapter", digest=None), "is a adapter directory, not a data directory"),
     "no shard": (lambda f: (f / "train-00000.pt").unlink(), "train-00000.pt is missing"),
     "cut shard": (lambda f: (f / "train-00000.pt").write_bytes(b"PK"), "has 2 bytes, not "),
     "flipped bit": (flip_a_byte, "differs from its recorded sha256: damaged"),
