@@ -515,7 +515,7 @@ NO_SUCH_THING: list[tuple[str, str, list[str], str]] = [
         "all problems at once",
         "lora",
         ["--lora_r=0", "--epochs=0", "--lr_warmup_steps=-2", "--lora_dropout=2"],
-        "--epochs 0 must be above 0; --lr_warmup_steps -2 must not be negative; --lora_r 0 must be above 0; --lora_dropout",
+        "--lr_warmup_steps -2 must not be negative; --lora_r 0 must be above 0; --lora_dropout 2.0 must be",
     ),
     # checkpoints
     ("no checkpoint, convert", "convert_hf_checkpoint", ["--checkpoint_dir", "test/none"], "no checkpoint directory"),
