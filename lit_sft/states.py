@@ -128,9 +128,8 @@ def load_state(
                 )
             state["state"].setdefault(numbers[name], {})[slot] = tensor.clone()
     slots = [state["state"].get(number, {}).keys() for number in numbers.values()]
-    if odd := [
-        name for name, found in zip(numbers, slots, strict=True) if found != slots[0] or len(found) % len(SLOTS)
-    ]:
+    expected = SLOTS if any(slots) else set()  # none before the first update
+    if odd := [name for name, found in zip(numbers, slots, strict=True) if found != expected]:
         raise InputError(f"{directory / OPTIMIZER_WEIGHTS} holds other slots of {odd[0]}; move {directory} away")
     optimizer.load_state_dict(state)
     return facts

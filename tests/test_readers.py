@@ -142,7 +142,8 @@ TOKENS |= {"added_tokens_decoder": {"3": {"content": "<a>", "special": True}}}
 @QUICK
 @given(content=damaged(TOKENS))
 def test_a_tokenizers_config(tmp_path: Path, content: bytes) -> None:
-    refuses_or_gives(tmp_path / "tokenizer_config.json", content, lambda: TokenizerConfig.from_dir(tmp_path))
+    found = refuses_or_gives(tmp_path / "tokenizer_config.json", content, lambda: TokenizerConfig.from_dir(tmp_path))
+    assert found is None or all(isinstance(token.id, int) and token.text for token in found.added)
 
 
 @QUICK
@@ -152,9 +153,13 @@ def test_a_tokenizers_config(tmp_path: Path, content: bytes) -> None:
 def test_a_record(tmp_path: Path, content: bytes) -> None:
     """What a run goes on from can be drawn in its end."""
 
-    def read() -> bool:
-        Metrics(tmp_path, 1, 2, quiet=False).close()
-        write_run_report(tmp_path, {"checkpoint_dir": "base", "data_dir": "data"}, 2)
-        return True
+    page = tmp_path / "report.html"
+    page.unlink(missing_ok=True)
 
-    refuses_or_gives(tmp_path / "metrics.jsonl", content + b"\n", read)
+    def read() -> list[dict]:
+        Metrics(tmp_path, 1, 2).close()
+        write_run_report(tmp_path, {"checkpoint_dir": "base", "data_dir": "data"}, 2)
+        return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+    found = refuses_or_gives(tmp_path / "metrics.jsonl", content + b"\n", read)
+    assert page.exists() == bool(found) and [record["step"] for record in found or ()] in ([], [1])
