@@ -18,11 +18,11 @@ import jsonargparse
 
 import lit_sft
 from lit_sft.documents import YAML_BYTES, NotYAML, load_yaml, read_bytes
-from lit_sft.errors import InputError, Interrupted, RunFailed, stops, words
+from lit_sft.errors import EXIT_CODES, InputError, Interrupted, RunFailed, stops, words
 from lit_sft.output import outliving
 from lit_sft.redact import remember_arguments, shortened, without_secrets
 
-SIGNALS = {signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGHUP: 129}  # and the exit codes of what they end
+SIGNALS = EXIT_CODES.keys() - {signal.SIGINT}  # of which Python makes a KeyboardInterrupt by itself
 UNFINISHED = "nothing is left half written"
 OTHERS_WORDS = 0.5  # what the first of them gives the others to say why they fail too, before it ends them
 OTHERS_SECONDS = 4.0  # a process that failed waits as long for the first of them, whose exit code is the command's
@@ -149,7 +149,7 @@ def _leave(code: int) -> NoReturn:
     distributed = sys.modules.get("torch.distributed")
     if not (distributed and distributed.is_available() and distributed.is_initialized()):
         sys.exit(code)
-    for number in (signal.SIGINT, *SIGNALS):
+    for number in EXIT_CODES:
         signal.signal(number, signal.SIG_DFL)
     with suppress(OSError, ValueError):  # nobody reads them any more
         sys.stdout.flush()
@@ -183,7 +183,7 @@ def _forget_rank(main: Callable) -> None:
 
 
 def _stop(number: int, _: object) -> None:
-    stops.append(SIGNALS[number])
+    stops.append(EXIT_CODES[number])
     raise Interrupted(f"error: stopped by {signal.Signals(number).name}; {UNFINISHED}", stops[-1])
 
 

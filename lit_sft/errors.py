@@ -1,5 +1,6 @@
 """The ways in which a command ends early on purpose."""
 
+import signal
 from collections.abc import Sequence
 
 
@@ -34,6 +35,8 @@ class Interrupted(Exception):  # noqa: N818 (it is no error: the work was saved)
         self.exit_code = exit_code
 
 
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGHUP: 129}
+"""Of a command that a signal ends."""
 stops: list[int] = []
 """Exit codes of signals that came before a run's loop. Python drops an exception that a handler raises while some
 object is being deleted; the loop reads them here."""

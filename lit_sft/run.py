@@ -183,8 +183,8 @@ def _check_resume(args: TrainArgs) -> None:
     if (out_dir.exists() or out_dir.is_symlink()) and not out_dir.is_dir():
         raise InputError(f"{out_dir} is no folder, so a run cannot be written there; name another --out_dir")
     if (out_dir / MANIFEST).is_file():
-        raise InputError(f"{out_dir} holds something else that lit_sft wrote, whose files a run would replace; "
-                         "name another --out_dir")  # fmt: skip
+        what = f"{out_dir} holds something else that lit_sft wrote, whose files a run would replace"
+        raise InputError(f"{what}; name another --out_dir")
     if (out_dir / DONE).is_file():
         raise InputError(f"{out_dir} holds a finished run; name another --out_dir (--resume is for unfinished ones)")
     if not (out_dir / RUN_ARGUMENTS).is_file():
@@ -195,8 +195,10 @@ def _check_resume(args: TrainArgs) -> None:
                 f"{out_dir} holds {found[0]} but no {RUN_ARGUMENTS}: no run to go on with; name another --out_dir"
             )
     elif not (out_dir / RUN_INPUTS).exists():  # which is written before it
-        raise InputError(f"{out_dir} holds a {RUN_ARGUMENTS} but no {RUN_INPUTS} of a run; name another --out_dir (a "
-                         "saved state in it can be generated from, merged and exported)")  # fmt: skip
+        raise InputError(
+            f"{out_dir} holds a {RUN_ARGUMENTS} but no {RUN_INPUTS} of a run; name another --out_dir (a saved state in "
+            "it can be generated from, merged and exported)"
+        )
     elif args.resume == "never":
         raise InputError(f"{out_dir} holds an unfinished run; --resume auto goes on, or name another --out_dir")
     elif args.resume != "auto":

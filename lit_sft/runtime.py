@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lit_sft.args import TrainArgs
-from lit_sft.errors import InputError, RunFailed, stops, words
+from lit_sft.errors import EXIT_CODES, InputError, RunFailed, stops, words
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -36,7 +36,6 @@ BASE_DTYPE = {
 }
 started: list[Popen] = []
 """The other processes of this run, where this one started them."""
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGHUP: 129}
 
 
 def pick_device(wanted: str) -> str:

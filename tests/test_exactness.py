@@ -189,15 +189,6 @@ def test_a_refused_change_leaves_the_run_as_it_is(resume: str, world: Path, inte
     assert (out / "DONE").is_file()
 
 
-def test_another_recipe_in_the_same_folder_is_refused(world: Path, interrupted: Callable[..., Path]) -> None:
-    """finetune/full.py on a LoRA run: every flag it has is the same, those of the adapter it has not."""
-    out = interrupted()
-    before = contents(out)
-    with pytest.raises(InputError):
-        go(world, "full", out)
-    assert contents(out) == before
-
-
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_data_may_move_but_no_split_may_change(
     split: str, world: Path, interrupted: Callable[..., Path], tmp_path: Path
