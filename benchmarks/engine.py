@@ -21,6 +21,7 @@ from lit_sft.batches import TrainSteps
 from lit_sft.config import ModelConfig
 from lit_sft.families import find_family
 from lit_sft.loop import train_step
+from lit_sft.joined import join_products
 from lit_sft.lora import apply_lora
 from lit_sft.model import GPT
 from lit_sft.quantize import is_quantized, place_quantized, quantized
@@ -89,10 +90,12 @@ class Training:
     def __init__(self, model: GPT, args: LoRATrainArgs, compiled: bool) -> None:
         """``compiled``: whether the blocks are."""
         self.fabric, self.model = runtime.launch(args), model
-        if compiled:
-            model.compile_blocks()
         self.configure(args)
         self.dropout = apply_lora(model, args, args.seed)
+        if self.fabric.device.type == "cuda":
+            join_products(model)
+        if compiled:
+            model.compile_blocks()
         self.optimizer = optim.build_optimizer(model, optim.master_parameters(model), args)
 
     def configure(self, args: LoRATrainArgs) -> None:

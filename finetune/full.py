@@ -1,5 +1,6 @@
 """Fine-tune every weight of a model; it differs from lora.py in what is trained and in what is saved."""
 
+from functools import partial
 from pathlib import Path
 
 from lit_sft.args import FullTrainArgs
@@ -53,7 +54,7 @@ def main(args: FullTrainArgs) -> None:
         # whether the longest row fits, then the loop
         if args.rehearse if args.rehearse is not None else fabric.device.type != "cpu":
             rehearse(fabric, model, trained, optimizer, train_steps, args, plan, done)
-        sample = sampler(model, tokenizer, args.sample_prompt, val if len(val) else train, fabric.autocast)
+        sample = sampler(model, tokenizer, args.sample_prompt, val if len(val) else train, partial(runtime.autocast, fabric))
         lr_at = optim.lr_schedule(args, train_steps.max_steps)
         last = fit(
             fabric, model, optimizer, lr_at, train_steps, val_batches, args, save, sample, None, done, plan.advice

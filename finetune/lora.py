@@ -4,6 +4,7 @@ Read main from top to bottom: data, steps, model, adapter, optimizer, loop, resu
 on with the same command.
 """
 
+from functools import partial
 from pathlib import Path
 
 from lit_sft.args import LoRATrainArgs
@@ -15,6 +16,7 @@ def main(args: LoRATrainArgs) -> None:
     from lit_sft.batches import TrainSteps, ValRows
     from lit_sft.fitting import choose_settings, make_plan, show_estimate
     from lit_sft.generate import sampler
+    from lit_sft.joined import join_products
     from lit_sft.loop import fit
     from lit_sft.lora import apply_lora
     from lit_sft.rehearsal import rehearse
@@ -46,6 +48,8 @@ def main(args: LoRATrainArgs) -> None:
         model = checkpoint.load_model(checkpoint_dir, None, runtime.base_dtype(fabric), fabric.device, args.quantize)
         model.checkpoint_every = args.checkpoint_every
         dropout = apply_lora(model, args, args.seed)
+        if fabric.device.type == "cuda" and not runtime.is_mixed(fabric):
+            join_products(model)
         if args.compile:
             model.compile_blocks()
         trained = optim.master_parameters(model)
@@ -60,7 +64,7 @@ def main(args: LoRATrainArgs) -> None:
         # whether the longest row fits, then the loop
         if args.rehearse if args.rehearse is not None else fabric.device.type != "cpu":
             rehearse(fabric, model, trained, optimizer, train_steps, args, plan, done, dropout)
-        sample = sampler(model, tokenizer, args.sample_prompt, val if len(val) else train, fabric.autocast)
+        sample = sampler(model, tokenizer, args.sample_prompt, val if len(val) else train, partial(runtime.autocast, fabric))
         lr_at = optim.lr_schedule(args, train_steps.max_steps)
         last = fit(
             fabric, model, optimizer, lr_at, train_steps, val_batches, args, save, sample, dropout, done, plan.advice

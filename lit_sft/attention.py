@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from inspect import signature
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class Layout:
     """Tokens of each segment, adding up to the row's."""
     parents: list[int | None] | None = None
     """The segment that each continues, always an earlier one; None: it begins an example. None for all: as it says."""
-    _spans: dict[torch.device, "Spans"] = field(default_factory=dict, repr=False, compare=False)
+    _placed: dict[torch.device, "Placed"] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def chains(self) -> list[list[int]]:
@@ -61,22 +61,62 @@ class Layout:
                 totals[number] = max(totals[number], totals[chain[-1]])
         return torch.tensor(totals).repeat_interleave(torch.tensor(self.lengths))
 
-    def spans(self, device: torch.device) -> "Spans":
-        """Where queries and keys of each segment are, for kernels that take all of them at once."""
-        if device not in self._spans:
-            n_keys = [sum(self.lengths[i] for i in chain) for chain in self.chains]
-            starts = list(accumulate(self.lengths, initial=0))
-            keys = None
-            if self.parents:
-                places = [torch.arange(starts[i], starts[i + 1]) for chain in self.chains for i in chain]
-                keys = torch.cat(places).to(device)
-            ends = [torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in (self.lengths, n_keys)]
-            self._spans[device] = Spans(*ends, max(self.lengths), max(n_keys), keys)
-        return self._spans[device]
+    def n_keys(self) -> list[int]:
+        """Keys that the last position of each segment sees."""
+        return [sum(self.lengths[i] for i in chain) for chain in self.chains]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What kernels need to know of the segments, by its name in ``Placed``, ``Spans`` and ``Keys``; on the CPU."""
+        ends = {"query_ends": self.lengths, "key_ends": self.n_keys()}
+        tensors = {"positions": self.positions(), "totals": self.totals()}
+        for name, lengths in ends.items():
+            tensors[name] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        if self.parents:
+            tensors |= self._keys()
+        return tensors
+
+    def _keys(self) -> dict[str, Tensor]:
+        """The tensors of ``Keys``."""
+        starts = list(accumulate(self.lengths, initial=0))
+        index = torch.cat([torch.arange(starts[i], starts[i + 1]) for chain in self.chains for i in chain])
+        ends = accumulate(self.n_keys())
+        own = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, self.lengths, strict=True)])
+        again = torch.ones(len(index), dtype=torch.bool)
+        again[own] = False
+        extra = again.nonzero().flatten()
+        shared, extra_of = index[extra].unique(return_inverse=True)
+        return {"index": index, "own": own, "extra": extra, "shared": shared, "extra_of": extra_of}
+
+    def place(self, tensors: dict[str, Tensor]) -> None:
+        """Keep ``tensors()`` as they were moved to a device, for ``on``."""
+        keys = Keys(*(tensors[name] for name in Keys._fields)) if self.parents else None
+        spans = Spans(tensors["query_ends"], tensors["key_ends"], max(self.lengths), max(self.n_keys()), keys)
+        self._placed[spans.query_ends.device] = Placed(tensors["positions"], tensors["totals"], spans)
+
+    def on(self, device: torch.device) -> "Placed":
+        """The segments' tensors on ``device``, moved there once."""
+        if device not in self._placed:
+            self.place({name: tensor.to(device) for name, tensor in self.tensors().items()})
+        return self._placed[device]
+
+
+class Keys(NamedTuple):
+    """Which keys the queries of a row with shared segments see: K of them, T of these each row's own."""
+
+    index: Tensor
+    """(K,) int64: the row's position of each key; of a shared segment it is there once for each that continues it."""
+    own: Tensor
+    """(T,) int64: where in ``index`` each position of the row stands for its own segment."""
+    extra: Tensor
+    """(K - T,) int64: where in ``index`` positions stand for segments that continue theirs."""
+    shared: Tensor
+    """(U,) int64: the row's positions that ``extra`` stands for, each once."""
+    extra_of: Tensor
+    """(K - T,) int64: which of ``shared`` each of ``extra`` is."""
 
 
 class Spans(NamedTuple):
-    """Segments as offsets into the row."""
+    """Segments as offsets into the row, for a kernel that takes all of them at once."""
 
     query_ends: Tensor
     """(N + 1,) int32: where each segment's queries begin, and the last one's end."""
@@ -84,18 +124,30 @@ class Spans(NamedTuple):
     """(N + 1,) int32: the same for the keys that they see."""
     most_queries: int
     most_keys: int
-    keys: Tensor | None
-    """(K,) int64: the row's position of each key; None: the keys are the row as it is."""
+    keys: Keys | None
+    """None: the keys are the row as it is."""
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None, scoring: Scoring) -> Tensor:
+class Placed(NamedTuple):
+    """A layout's tensors on a device."""
+
+    positions: Tensor
+    """(T,) int64, of ``Layout.positions``."""
+    totals: Tensor
+    """(T,) int64, of ``Layout.totals``."""
+    spans: Spans
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout | Spans | None, scoring: Scoring
+) -> Tensor:
     """Causal self-attention within each of the examples that a row holds.
 
     Args:
         query: (B, H, T, D).
         key: (B, G, T, D), G dividing H (grouped-query attention).
         value: (B, G, T, D).
-        layout: where the examples are; None: the row is one example.
+        layout: where the examples are; None: the row is one example. As ``Spans`` where ``takes_spans``.
         scoring: how scores become weights.
 
     Returns:
@@ -107,12 +159,14 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout |
     """
     if layout is None:
         return causal_attention(query, key, value, scoring)
-    if query.shape[0] != 1 or sum(layout.lengths) != query.shape[2]:
-        raise ValueError(f"segments of {sum(layout.lengths)} tokens are no layout of a row of {tuple(query.shape)}")
     if query.is_cuda and torch.is_autocast_enabled("cuda"):  # norms may have left queries and keys in fp32
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
-    if _varlen_fits(query, scoring):
-        return _varlen_attention(query, key, value, layout, scoring)
+    if isinstance(layout, Spans):
+        return varlen_attention(query, key, value, layout, scoring)
+    if query.shape[0] != 1 or sum(layout.lengths) != query.shape[2]:
+        raise ValueError(f"segments of {sum(layout.lengths)} tokens are no layout of a row of {tuple(query.shape)}")
+    if takes_spans(query.device, query.dtype, query.shape[3], scoring):
+        return varlen_attention(query, key, value, layout.on(query.device).spans, scoring)
     if len(layout.lengths) == 1:
         return causal_attention(query, key, value, scoring)
     dtype = query.dtype
@@ -137,48 +191,73 @@ def _join_as(dtype: torch.dtype, *parts: Tensor) -> Tensor:
     return _join(*parts).to(dtype)
 
 
-def _varlen_fits(query: Tensor, scoring: Scoring) -> bool:
-    """Whether torch's variable-length attention takes these queries, and computes what ``scoring`` asks for."""
-    small = query.dtype in (torch.bfloat16, torch.float16) and query.shape[3] <= 256 and query.shape[3] % 8 == 0
+def takes_spans(device: torch.device, dtype: torch.dtype, head_size: int, scoring: Scoring) -> bool:
+    """Whether one kernel takes all segments of a row, and computes what ``scoring`` asks for."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    sized = head_size <= 256 and head_size % 8 == 0
     plain = scoring.softcap is None and not scoring.alibi
-    return query.is_cuda and small and plain and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return sized and plain and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scoring: Scoring) -> Tensor:
-    """One kernel over all segments; the last query of each is aligned with the last key that it sees."""
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scoring: Scoring) -> Tensor:
+    """One kernel over all segments; the last query of each is aligned with the last key that it sees.
+
+    Args and result as ``packed_attention``, B = 1. Heads stay where linear layers leave them, (T, H, D) in memory.
+    """
     from torch.nn.attention.varlen import varlen_attn  # whose import takes a second
 
-    spans = layout.spans(query.device)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
     if spans.keys is not None:
-        key, value = (_Gather.apply(x, spans.keys) for x in (key, value))
-    grouped = {}
-    if query.shape[1] != key.shape[1]:
-        if "enable_gqa" in signature(varlen_attn).parameters:
-            grouped = {"enable_gqa": True}
-        else:  # torch 2.11
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        key, value = (gather_rows(x, *spans.keys) for x in (key, value))
     left = -1 if scoring.window is None else scoring.window - 1
     ends = spans.query_ends, spans.key_ends, spans.most_queries, spans.most_keys
-    mixed = varlen_attn(query, key, value, *ends, scale=scoring.scale, window_size=(left, 0), **grouped)
+    # torch 2.11 takes fewer key heads without being told
+    told = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    mixed = varlen_attn(query, key, value, *ends, scale=scoring.scale, window_size=(left, 0), **told)
     return mixed.transpose(0, 1)[None]
 
 
-class _Gather(torch.autograd.Function):
-    """Rows of x (T, G, D) at ``index`` (K,), some more than once; their gradients are added up in fp32, in order."""
+@torch.library.custom_op("lit_sft::gather_rows", mutates_args=())
+def gather_rows(x: Tensor, index: Tensor, own: Tensor, extra: Tensor, shared: Tensor, extra_of: Tensor) -> Tensor:
+    """Rows of x (T, G, D) at ``index`` (K,): (K, G, D); the other arguments as in ``Keys``."""
+    return x.index_select(0, index)
 
-    @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.shape = x.shape
-        return x.index_select(0, index)
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        total = torch.zeros(ctx.shape, dtype=torch.promote_types(grad.dtype, torch.float32), device=grad.device)
-        # sorted by torch, unlike index_add: the same bits each time on a GPU
-        return total.index_put_((index,), grad.to(total.dtype), accumulate=True).to(grad.dtype), None
+@gather_rows.register_fake
+def _(x: Tensor, index: Tensor, *_: Tensor) -> Tensor:
+    return x.new_empty(index.shape[0], *x.shape[1:])
+
+
+@torch.library.custom_op("lit_sft::add_up_rows", mutates_args=())
+def add_up_rows(grad: Tensor, own: Tensor, extra: Tensor, shared: Tensor, extra_of: Tensor) -> Tensor:
+    """The gradient of ``gather_rows``, (T, G, D): shared rows are added up in fp32, in order; the others are copied.
+
+    Most rows are gathered once, so the sums run over the K - T others alone.
+    """
+    total = grad.index_select(0, own)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    sums = total.index_select(0, shared).to(wide)
+    # sorted by torch, unlike index_add: the same bits each time on a GPU
+    sums.index_put_((extra_of,), grad.index_select(0, extra).to(wide), accumulate=True)
+    return total.index_copy_(0, shared, sums.to(grad.dtype))
+
+
+@add_up_rows.register_fake
+def _(grad: Tensor, own: Tensor, *_: Tensor) -> Tensor:
+    return grad.new_empty(own.shape[0], *grad.shape[1:])
+
+
+def _keep_places(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    _, _, *places = inputs
+    ctx.save_for_backward(*places)
+
+
+def _gathered_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return add_up_rows(grad, *ctx.saved_tensors), None, None, None, None, None
+
+
+gather_rows.register_autograd(_gathered_backward, setup_context=_keep_places)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
@@ -243,4 +322,4 @@ def alibi_slopes(n_head: int) -> Tensor:
     nearest = 2 ** math.floor(math.log2(n_head))
     slopes = [2 ** (-8 * (i + 1) / nearest) for i in range(nearest)]
     slopes += [2 ** (-4 * (2 * i + 1) / nearest) for i in range(n_head - nearest)]
-    return torch.tensor(slopes)
+    return torch.tensor(slopes, dtype=torch.float32)

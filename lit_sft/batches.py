@@ -19,6 +19,7 @@ from lit_sft.errors import InputError
 from lit_sft.packing import pack
 from lit_sft.prefixes import cut_rows, make_segments, sort_by_tokens
 from lit_sft.shards import Shards
+from lit_sft.upload import upload
 
 DEFAULT_BATCH_SIZE = 64
 DEFAULT_ROW_TOKENS = 8192
@@ -47,8 +48,11 @@ class Row:
         return len(self.labels) if self.counts is None else int(self.counts.sum())
 
     def to(self, device: torch.device) -> "Row":
-        """The same row with its tensors on ``device``."""
-        moved = {f.name: x.to(device) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        """The same row with its tensors on ``device``, those of its layout among them."""
+        own = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        of_layout = self.layout.tensors()
+        moved = upload(own | of_layout, device)
+        self.layout.place({name: moved.pop(name) for name in of_layout})
         return replace(self, **moved)
 
 
@@ -165,6 +169,24 @@ class TrainSteps:
         )
 
 
+class Ahead:
+    """The steps of a run one after the other, each made while the device computes the one before."""
+
+    def __init__(self, steps: TrainSteps) -> None:
+        self.steps = steps
+        self.made: Step | None = None
+
+    def prepare(self, number: int) -> None:
+        """Make step ``number``, if the run has one, for the next ``take``."""
+        self.made = self.steps[number] if number <= self.steps.max_steps else None
+
+    def take(self, number: int) -> Step:
+        """Step ``number``, made before or now."""
+        if self.made is None or self.made.number != number:
+            self.prepare(number)
+        return self.made
+
+
 class RowPlan(NamedTuple):
     """Which examples make a row, before they are read."""
 
@@ -192,6 +214,7 @@ def make_row(shards: Shards, plan: RowPlan) -> Row:
     segments, last = make_segments(lengths, plan.shared or [0] * len(lengths))
     parents = [segment.parent for segment in segments]
     layout = Layout([s.end - s.start for s in segments], parents if any(p is not None for p in parents) else None)
+    input_ids = torch.cat([parts[s.example][0][s.start : s.end] for s in segments])
     starts = [0, *accumulate(layout.lengths)]
     positions, labels = [], []
     for (ids, mask), end in zip(parts, last, strict=True):
@@ -199,11 +222,13 @@ def make_row(shards: Shards, plan: RowPlan) -> Row:
         labelled = mask[1:].nonzero().flatten()
         positions.append(where[labelled])
         labels.append(ids[labelled + 1])
-    pairs, counts = torch.stack([torch.cat(positions), torch.cat(labels)]), None
+    positions, labels, counts = torch.cat(positions), torch.cat(labels), None
     if layout.parents:  # a shared label is computed once, and counts as often as there are examples that have it
-        pairs, counts = pairs.unique(dim=1, return_counts=True)
-    input_ids = torch.cat([parts[s.example][0][s.start : s.end] for s in segments])
-    return Row(input_ids, layout, *pairs, counts, plan.examples)
+        n_ids = int(input_ids.max()) + 1
+        # position and label in one number: pairs as rows of a matrix take ten times as long
+        pairs, counts = (positions * n_ids + labels).unique(return_counts=True)
+        positions, labels = pairs // n_ids, pairs % n_ids
+    return Row(input_ids, layout, positions, labels, counts, plan.examples)
 
 
 def _cut(row: Row, n_tokens: int) -> Row:

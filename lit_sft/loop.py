@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor
 
 from lit_sft.args import TrainArgs
-from lit_sft.batches import Row, Step, TrainSteps
+from lit_sft.batches import Ahead, Row, Step, TrainSteps
 from lit_sft.errors import Interrupted, RunFailed
 from lit_sft.lora import ExampleDropout
 from lit_sft.loss import cross_entropy_sum
-from lit_sft.memory import peak_memory
+from lit_sft.memory import peak_memory, ran_out
 from lit_sft.metrics import Metrics, shown
 from lit_sft.model import GPT
-from lit_sft.runtime import StopSignals, exchange, reduce, reduce_gradients
+from lit_sft.runtime import StopSignals, autocast, exchange, reduce, reduce_gradients
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -68,9 +69,11 @@ def fit(
     started = saved = time.perf_counter()
     number = done  # all is done where a kill fell between last save and result
     with StopSignals() as signals:
+        ahead = Ahead(train_steps)
         for number in range(done + 1, train_steps.max_steps + 1):
+            step, prepare_next = ahead.take(number), partial(ahead.prepare, number + 1)
             try:
-                record = train_step(fabric, model, optimizer, lr_at(number), train_steps[number], args, dropout)
+                record = train_step(fabric, model, optimizer, lr_at(number), step, args, dropout, prepare_next)
             except (FloatingPointError, MemoryError) as error:
                 metrics.close()
                 where = save(number - 1)
@@ -118,24 +121,33 @@ def train_step(
     step: Step,
     args: TrainArgs,
     dropout: ExampleDropout | None,
+    meanwhile: Callable[[], object] | None = None,
 ) -> dict:
     """Make one optimizer step; gives its record for metrics.jsonl.
+
+    ``meanwhile`` is called once all of the backward pass is queued, while a GPU still computes it: the host waits for
+    the GPU only then, once a step.
 
     Where loss or gradient is not finite nothing is updated: FloatingPointError on every process, or with
     ``on_nonfinite`` "skip" a record that says so. MemoryError, on every process, where one has too little for its rows.
     """
     started = time.perf_counter()
-    model.train()
+    if not model.training:
+        model.train()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    loss, too_large = 0.0, False
+    loss, too_large = torch.zeros((), device=fabric.device), False
     try:
         loss = accumulate_gradients(fabric, model, step, dropout)
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not ran_out(error):
+            raise
         too_large = True  # what the rows took is given back when this block ends
     if too_large:
         optimizer.zero_grad()
     reduce_gradients(fabric, parameters)
-    loss, n_too_large = reduce(fabric, "sum", loss, too_large)
+    n_too_large = too_large
+    if fabric.world_size > 1:
+        total, n_too_large = reduce(fabric, "sum", float(loss), too_large)
     if n_too_large:
         optimizer.zero_grad()
         raise MemoryError(
@@ -146,7 +158,12 @@ def train_step(
     if scaler_copes and not step.rows:
         precision.scaler.scale(torch.zeros((), device=fabric.device))  # as a backward pass would have begun
     precision.unscale_gradients(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_norm or math.inf).item()
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_norm or math.inf)
+    if meanwhile is not None:
+        meanwhile()
+    loss, grad_norm = torch.stack([loss, grad_norm.to(loss)]).tolist()  # here the host waits
+    if fabric.world_size > 1:
+        loss = total
     skipped = not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler_copes)
     if skipped and args.on_nonfinite == "stop":
         optimizer.zero_grad()
@@ -224,12 +241,12 @@ def listed(examples: list[int]) -> str:
     return ", ".join(map(str, examples[:20])) + (", …" if len(examples) > 20 else "")
 
 
-def accumulate_gradients(fabric: Fabric, model: GPT, step: Step, dropout: ExampleDropout | None = None) -> float:
-    """Forward and backward over this process's rows; gives its share of the step's loss.
+def accumulate_gradients(fabric: Fabric, model: GPT, step: Step, dropout: ExampleDropout | None = None) -> Tensor:
+    """Forward and backward over this process's rows; gives its share of the step's loss, a scalar on the device.
 
     What is left on the parameters is this process's part of the gradient of (summed loss / labels of the whole step).
     """
-    loss = 0.0
+    loss = torch.zeros((), dtype=torch.float32, device=fabric.device)
     for row in step.rows:
         row = row.to(fabric.device)
         if dropout is not None:
@@ -237,12 +254,12 @@ def accumulate_gradients(fabric: Fabric, model: GPT, step: Step, dropout: Exampl
         share = summed_loss(fabric, model, row) / step.n_labels
         fabric.backward(share)
         loss = loss + share.detach()
-    return float(loss)
+    return loss
 
 
 def summed_loss(fabric: Fabric, model: GPT, row: Row) -> Tensor:
     """Summed loss of one packed row, a scalar; only its labelled positions reach the head."""
-    with fabric.autocast():
+    with autocast(fabric):
         hidden = model.hidden_states(row.input_ids[None], row.layout)[0, row.positions]
         return cross_entropy_sum(hidden, model.lm_head, row.labels, row.counts, model.config.logits_softcap)
 

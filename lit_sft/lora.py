@@ -12,6 +12,7 @@ from lit_sft.args import LoRAArgs
 from lit_sft.model import GPT, MoE
 from lit_sft.quantize import QuantizedLinear
 from lit_sft.recompute import cheaply
+from lit_sft.upload import upload
 
 ADAPTER_KEYS = ("lora_A", "lora_B")
 
@@ -40,6 +41,8 @@ class LoRALinear(nn.Module):
         kept = {"device": stored.device, "dtype": torch.promote_types(stored.dtype, torch.float32)}
         self.lora_A = nn.Parameter(torch.zeros(args.lora_r, base.in_features, **kept))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, args.lora_r, **kept))
+        self.joined: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+        """The same as one operation, where ``join_products`` has made one for this layer alone."""
 
     def reset_adapter(self, generator: torch.Generator) -> None:
         """A uniform in ±1/√in, B zero: the adapter starts as no change at all."""
@@ -51,6 +54,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
+        if self.joined is not None:
+            return self.joined(x)[0]
         dropped = cheaply(self._drop, x) if self.training and self.dropout is not None else x
         low_rank = F.linear(dropped, self.lora_A.to(x.dtype))
         y = self.base(x)
@@ -88,7 +93,7 @@ class ExampleDropout:
         run = _mix(_mix(torch.tensor(self.seed)) + step)
         example_keys = _mix(run + torch.tensor(examples)).repeat_interleave(torch.tensor(lengths))
         positions = torch.cat([torch.arange(n) for n in lengths])
-        self.token_keys = _mix(example_keys + positions).to(device)
+        self.token_keys = upload({"keys": _mix(example_keys + positions)}, device)["keys"]
 
     def __call__(self, x: Tensor, number: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Drop from x (1, T, C), a row, or (N, C), the ``tokens`` (N,) of it, with the mask of layer ``number`` ()."""

@@ -41,3 +41,13 @@ def free_memory(device: str) -> int:
     if used.is_file() and limit.is_file() and limit.read_text().strip().isdecimal():
         free = min(free, max(0, int(limit.read_text()) - int(used.read_text())))
     return resident_memory() + free * 9 // 10
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that a GPU's memory did not suffice; while compiling it comes inside another one."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, torch.OutOfMemoryError):
+            return True
+        seen = getattr(seen, "inner_exception", None) or seen.__cause__
+    return False

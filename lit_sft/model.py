@@ -3,6 +3,7 @@
 Letters of shapes: B batch, T time (tokens), C channels (n_embd), H heads, G key/value heads, D head size.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
@@ -11,12 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lit_sft.attention import Layout, Scoring, causal_attention, packed_attention
+from lit_sft.attention import Layout, Scoring, Spans, causal_attention, packed_attention, takes_spans
 from lit_sft.config import ModelConfig
 from lit_sft.recompute import cheaply, recomputing
 from lit_sft.rope import rotate, rotations, turned_anew
 
 Rotation = tuple[Tensor, Tensor]
+Joined = Callable[[Tensor], tuple[Tensor, ...]]
+"""What several linear layers give of one input, in one product."""
+RECOMPILE_LIMIT = 32
 
 
 class GPT(nn.Module):
@@ -40,15 +44,23 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
 
     def compile_blocks(self) -> None:
-        """Compile the blocks for rows of any length; attention stays what it is, a kernel of its own.
+        """Compile the blocks for rows of any length.
 
-        Blocks are alike, so all of them run what is compiled for one. Generation with a cache runs as it is written.
+        Blocks are alike, so all of them run what is compiled for one: with the attention of all segments inside it
+        where one kernel computes that, else in two parts around it. Generation with a cache runs as it is written.
         So do mixtures of experts: how many tokens go where is known only while they run.
         """
         if self.config.n_expert:
             return
+        import torch._dynamo
+        import torch._functorch.config
+
+        # kinds of layers times shared segments or none, training or not: more graphs than the default of 8 allows
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        # else norms and activations are kept for the backward pass, a third more memory, though made again cheaply
+        torch._functorch.config.ban_recompute_materialized_backward = False
         for block in self.blocks:
-            block.attn.attend = torch.compiler.disable(packed_attention)
+            block.attn.attend_apart = torch.compiler.disable(packed_attention)
             block.compile(dynamic=True)
         self.compiled = True
 
@@ -75,20 +87,33 @@ class GPT(nn.Module):
         x = self.wte(input_ids)
         if self.config.embedding_scale != 1:
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded, as where it was trained
+        if self.compiled and x.is_leaf and torch.is_grad_enabled():
+            x.requires_grad_()  # of a frozen embedding: else the first block is compiled apart, for no gradient of x
         turns, local_turns = self._rotations(x, layout, cache)
+        segments = self._segments(x, layout)
         keep_less = nullcontext if self.compiled or not self.training else recomputing
         for layer, block in enumerate(self.blocks):
             rotation = local_turns if block.attn.scoring.window else turns
             own_cache = cache.layer(layer) if cache is not None else None
             if self.checkpoint_every and self.training and layer % self.checkpoint_every == 0:
-                x = checkpoint(block, x, rotation, layout, own_cache, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, rotation, segments, own_cache, use_reentrant=False, preserve_rng_state=False)
             else:
                 run = block.forward if self.compiled and cache is not None else block
                 with keep_less():
-                    x = run(x, rotation, layout, own_cache)
+                    x = run(x, rotation, segments, own_cache)
         if cache is not None:
             cache.length += input_ids.shape[1]
         return self.norm_f(x)
+
+    def _segments(self, x: Tensor, layout: Layout | None) -> Layout | Spans | None:
+        """The layout in the form that the row's attention takes."""
+        if layout is None:
+            return None
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        scoring = self.blocks[0].attn.scoring
+        if takes_spans(x.device, dtype, self.config.head_size, scoring):
+            return layout.on(x.device).spans
+        return layout
 
     def _rotations(self, x: Tensor, layout: Layout | None, cache: "KVCache | None") -> tuple[Rotation, Rotation]:
         """What turns queries and keys in the ordinary layers, and in those with a window."""
@@ -97,19 +122,17 @@ class GPT(nn.Module):
         if start and turned_anew(self.config, start, end):
             raise ValueError(f"past {self.config.rope_original_block_size} tokens all are turned anew: empty the cache")
         if layout is None:
-            positions, whole = torch.arange(start, end), torch.full((x.shape[1],), end)
+            positions = torch.arange(start, end, device=x.device)
+            whole = torch.full((x.shape[1],), end, device=x.device)
         else:
-            positions, whole = layout.positions(), layout.totals()
-            if (
-                self.config.rope_type == "longrope"
-                and layout.parents
-                and whole.max() > self.config.rope_original_block_size
-            ):
+            positions, whole, _ = layout.on(x.device)
+            longest = max(layout.n_keys())
+            if self.config.rope_type == "longrope" and layout.parents and longest > self.config.rope_original_block_size:
                 raise ValueError(
                     "with longrope a token of a long example turns otherwise than the same one of a short one"
                 )
         dtype = torch.promote_types(x.dtype, torch.float32) if self.config.round_late else x.dtype
-        make = partial(rotations, self.config, positions.to(x.device), whole.to(x.device), dtype)
+        make = partial(rotations, self.config, positions, whole, dtype)
         turns = make()
         return turns, make(local=True) if self.config.rope_local_theta else turns
 
@@ -128,7 +151,9 @@ class Block(nn.Module):
         self.mlp = MoE(config) if config.n_expert else MLP(config)
         self.post_norm_2 = norm() if config.post_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotation: Rotation, layout: Layout | None, cache: "LayerCache | None") -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Rotation, layout: Layout | Spans | None, cache: "LayerCache | None"
+    ) -> Tensor:
         """(B, T, C) → (B, T, C)."""
         normed = cheaply(self.norm_1, x)
         attended = cheaply(self.post_norm_1, self.attn(normed, rotation, layout, cache))
@@ -159,22 +184,28 @@ class CausalSelfAttention(nn.Module):
             softcap=config.attention_softcap,
             alibi=config.alibi,
         )
-        self.attend = packed_attention
+        self.joined: Joined | None = None
+        self.attend_apart = packed_attention
 
-    def forward(self, x: Tensor, rotation: Rotation, layout: Layout | None, cache: "LayerCache | None") -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Rotation, layout: Layout | Spans | None, cache: "LayerCache | None"
+    ) -> Tensor:
         """(B, T, C) → (B, T, C)."""
-        query, key, value = self.query(x), self.key(x), self.value(x)
+        query, key, value = self.joined(x) if self.joined else (self.query(x), self.key(x), self.value(x))
         if self.full_norm:
             query, key = cheaply(self.query_norm, query), cheaply(self.key_norm, key)
-        query, key, value = (y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in (query, key, value))
+        query, key, value = (y.unflatten(-1, (-1, self.head_size)) for y in (query, key, value))  # (B, T, H, D)
         if not self.full_norm:
             query, key = cheaply(self.query_norm, query), cheaply(self.key_norm, key)
         if self.has_rope:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        if cache is None:
-            mixed = self.attend(query, key, value, layout, self.scoring)
-        else:
+        query, key, value = (y.transpose(1, 2) for y in (query, key, value))
+        if cache is not None:
             mixed = causal_attention(query, *cache.extend(key, value), self.scoring)
+        elif isinstance(layout, Spans):
+            mixed = packed_attention(query, key, value, layout, self.scoring)
+        else:
+            mixed = self.attend_apart(query, key, value, layout, self.scoring)
         return self.projection(mixed.transpose(1, 2).flatten(2))
 
 
@@ -189,12 +220,14 @@ class MLP(nn.Module):
         self.activation = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}[
             config.activation
         ]
+        self.joined: Joined | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) → (…, C)."""
         if self.gate is None:
             return self.down(cheaply(self.activation, self.up(x)))
-        return self.down(cheaply(self._gated, self.gate(x), self.up(x)))
+        gate, up = self.joined(x) if self.joined else (self.gate(x), self.up(x))
+        return self.down(cheaply(self._gated, gate, up))
 
     def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
         return self.activation(gate) * up
@@ -256,9 +289,9 @@ class EachHeadNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, T, D) → (B, H, T, D)."""
+        """(B, T, H, D) → (B, T, H, D)."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # rounded once, as layer norms with a weight are
-        return (F.layer_norm(wide, x.shape[-1:], eps=self.eps) * self.weight[:, None].to(wide.dtype)).to(x.dtype)
+        return (F.layer_norm(wide, x.shape[-1:], eps=self.eps) * self.weight.to(wide.dtype)).to(x.dtype)
 
 
 def make_norm(config: ModelConfig, size: int) -> nn.Module:

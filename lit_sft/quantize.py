@@ -15,6 +15,8 @@ from lit_sft.model import GPT
 NF4, NF4_DOUBLE, FP8 = "nf4", "nf4-dq", "fp8"
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MOST = torch.finfo(FP8_DTYPE).max
+CPU_SCALES_ROWS = torch.__version__ >= (2, 12)
+"""Whether a CPU's FP8 product takes a scale for each row; torch 2.11's takes one for all."""
 
 
 class QuantizedLinear(nn.Module):
@@ -44,6 +46,12 @@ class NF4Linear(QuantizedLinear):
             compress_statistics=double,
         )
         self.register_buffer("packed", packed, persistent=False)
+
+    def scales(self) -> list[Tensor]:
+        """The scales of each 64 weights; quantized ones with what they are scaled by and shifted by in turn."""
+        if self.state.state2 is None:
+            return [self.state.absmax]
+        return [self.state.absmax, self.state.state2.absmax, self.state.state2.code, self.state.offset]
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weights (out, in) that the bits stand for."""
@@ -92,23 +100,64 @@ class _FP8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(bits, scale)
-        return _scaled_product(x, bits.T, scale)
+        return fp8_product(*to_fp8(x), bits, scale, x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         bits, scale = ctx.saved_tensors
-        # the weights' scales are folded into grad, since the sum now runs over their rows
-        columns = bits.T.contiguous().T  # the second operand's sums must run along memory
-        ones = scale.new_ones(1, bits.shape[1])
-        return _scaled_product(grad * scale.to(grad.dtype), columns, ones), None, None
+        return fp8_gradient(*to_fp8(grad * scale.to(grad.dtype)), bits, grad.dtype), None, None
 
 
-def _scaled_product(x: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
-    """X (M, K) times bits (K, N) with a scale for each column (1, N), in x's dtype."""
-    rows, row_scale = to_fp8(x)
-    narrow = torch.bfloat16 if x.is_cuda else x.dtype  # all that CUDA's product gives
-    y = torch._scaled_mm(rows, bits, scale_a=row_scale, scale_b=scale, out_dtype=narrow)
-    return y.to(x.dtype)
+def widen_nf4(packed: list[Tensor], scales: list[Tensor], out_features: list[int], dtype: torch.dtype) -> Tensor:
+    """The weights of several NF4 layers with the same input, one below the other.
+
+    Args:
+        packed: bits of each layer.
+        scales: ``NF4Linear.scales`` of each, one behind the other.
+        out_features: rows of each layer's weight.
+        dtype: of the result.
+
+    Returns:
+        (sum of out_features, in).
+    """
+    functional = _bitsandbytes()
+    in_features = 2 * packed[0].numel() // out_features[0]
+    weight = torch.empty(sum(out_features), in_features, dtype=dtype, device=packed[0].device)
+    per_layer = len(scales) // len(packed)
+    for number, (bits, rows) in enumerate(zip(packed, weight.split(out_features), strict=True)):
+        absmax, *nested = scales[number * per_layer : (number + 1) * per_layer]
+        if nested:
+            outer, code, offset = nested
+            absmax = functional.dequantize_blockwise(absmax, absmax=outer, code=code, blocksize=256) + offset
+        state = functional.QuantState(absmax, rows.shape, blocksize=64, quant_type=NF4, dtype=dtype)
+        rows.copy_(functional.dequantize_4bit(bits, state))  # whose out= is missing on a CPU
+    return weight
+
+
+def fp8_product(rows: Tensor, row_scale: Tensor, bits: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows (M, in), of ``to_fp8``, times weights bits (out, in) scaled by ``scale`` (1, out): (M, out) in ``dtype``."""
+    return _scaled_mm(rows, bits.T, row_scale, scale, dtype)
+
+
+def fp8_gradient(rows: Tensor, row_scale: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient of the input: (M, in) in ``dtype``.
+
+    ``rows`` (M, out), of ``to_fp8``, are the output's gradient times the weights' scales, which are folded into it
+    because the sum now runs over the weights' rows.
+    """
+    columns = bits.T.contiguous().T  # the second operand's sums must run along memory
+    ones = row_scale.new_ones(1, bits.shape[1])
+    return _scaled_mm(rows, columns, row_scale, ones, dtype)
+
+
+def _scaled_mm(rows: Tensor, bits: Tensor, row_scale: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows (M, K) times bits (K, N), scaled by (M, 1) and (1, N)."""
+    if not rows.is_cuda and not CPU_SCALES_ROWS:
+        return (rows.float() @ bits.float() * row_scale * scale).to(dtype)
+    narrow = torch.bfloat16 if rows.is_cuda else dtype  # all that CUDA's product gives
+    # accumulated as the tensor cores do it: adding to fp32 after each few steps would halve their speed
+    y = torch._scaled_mm(rows, bits, scale_a=row_scale, scale_b=scale, out_dtype=narrow, use_fast_accum=rows.is_cuda)
+    return y.to(dtype)
 
 
 def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:

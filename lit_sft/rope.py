@@ -27,7 +27,7 @@ def inverse_frequencies(
     if config.rope_type == "yarn":
         return _yarn(frequencies, config)
     factors = config.rope_long_factors if long else config.rope_short_factors
-    return frequencies / torch.tensor(factors, device=device)
+    return frequencies / torch.tensor(factors, dtype=torch.float32, device=device)
 
 
 def _llama3(frequencies: Tensor, config: ModelConfig) -> Tensor:
@@ -47,7 +47,7 @@ def _yarn(frequencies: Tensor, config: ModelConfig) -> Tensor:
 
     low = max(math.floor(pair(config.rope_beta_fast)), 0)
     high = min(math.ceil(pair(config.rope_beta_slow)), config.turned - 1)
-    number = torch.arange(len(frequencies), device=frequencies.device)
+    number = torch.arange(len(frequencies), dtype=torch.float32, device=frequencies.device)
     keep = 1 - ((number - low) / max(high - low, 1e-3)).clamp(0, 1)
     return (1 - keep) * frequencies / config.rope_factor + keep * frequencies
 
@@ -83,8 +83,8 @@ def rotations(
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn x (B, H, T, D) by the angles of ``rotations``: of the first n dimensions, i is paired with i + n/2."""
-    cos, sin = rotation
+    """Turn x (B, T, H, D) by the angles of ``rotations``: of the first n dimensions, i is paired with i + n/2."""
+    cos, sin = (part[:, None] for part in rotation)  # (T, 1, turned/2)
     size = 2 * cos.shape[-1]
     first, second = x[..., :size].chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., size:]), dim=-1).to(x.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations  # Fabric, whose import takes three seconds, 
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from subprocess import Popen
 from types import FrameType
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # by default, and rows have many lengths; read when the first product is computed
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+# rows have many lengths: what is freed of one then serves the next, whatever their sizes; read when CUDA starts
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 T = TypeVar("T")
 BASE_DTYPE = {
@@ -79,6 +82,20 @@ def precision(fabric: Fabric) -> str:
 def base_dtype(fabric: Fabric) -> torch.dtype:
     """The dtype that the base weights are held in under the precision Fabric was started with."""
     return BASE_DTYPE[precision(fabric)]
+
+
+def is_mixed(fabric: Fabric) -> bool:
+    """Whether products are computed in fewer bits than the weights are held in."""
+    return "mixed" in precision(fabric)
+
+
+def autocast(fabric: Fabric) -> AbstractContextManager:
+    """Around a forward pass: the casts of mixed precision.
+
+    None under the others, for which Fabric would set torch's default dtype: all tensors here have an explicit one, and
+    what is compiled would be compiled anew for a backward pass outside.
+    """
+    return fabric.autocast() if is_mixed(fabric) else nullcontext()
 
 
 @contextmanager

@@ -50,8 +50,9 @@ def plain_varlen(
 
 
 def plain_varlen_of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
-    """Without ``enable_gqa``."""
-    return plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+    """Without ``enable_gqa``: fewer key heads are taken without being told."""
+    ends = cu_seq_q, cu_seq_k, max_q, max_k
+    return plain_varlen(query, key, value, *ends, scale=scale, window_size=window_size, enable_gqa=True)
 
 
 @pytest.mark.parametrize("kernel", [plain_varlen, plain_varlen_of_torch_2_11])
@@ -67,7 +68,7 @@ def test_one_kernel_over_all_segments(
     upstream, results = torch.randn(1, 4, 13, 8, dtype=torch.float64), []
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     for fits in (False, True):
-        monkeypatch.setattr(attention, "_varlen_fits", lambda *_, fits=fits: fits)
+        monkeypatch.setattr(attention, "takes_spans", lambda *_, fits=fits: fits)
         leaves = [x.clone().requires_grad_() for x in (query, key, value)]
         mixed = packed_attention(*leaves, layout, Scoring(scale=0.3, window=window))
         results.append([mixed, *torch.autograd.grad(mixed, leaves, upstream)])

@@ -105,7 +105,7 @@ def gradients(device: str, data_dir: Path, base: Path, dtype: torch.dtype, **set
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     model.train()
     step = TrainSteps(Shards(data_dir, "train"), args, share_prefix=args.share_prefix)[1]
-    loss = accumulate_gradients(fabric, model, step)
+    loss = float(accumulate_gradients(fabric, model, step))
     return loss, torch.cat([p.grad.flatten().double().cpu() for p in lora_state_dict(model).values()])
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from faults import fork
 from reliability import command, difference, result, train
 from reliability import make_world as make_runs
@@ -196,7 +197,7 @@ def test_steps_skipped_in_a_row_are_counted_over_interruptions(made: Path, tmp_p
     out = tmp_path / "out"
 
     def poisoned() -> None:
-        loop.accumulate_gradients = lambda *_: float("nan")
+        loop.accumulate_gradients = lambda *_: torch.tensor(float("nan"))
 
     settings = {"on_nonfinite": "skip", "max_steps": 14, "eval_interval": 14}
     assert go(made, out, stop=6, before=poisoned, **settings) == 143, said(out)

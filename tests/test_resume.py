@@ -304,7 +304,7 @@ def test_skipping_leaves_a_step_without_update_and_goes_on(poisoned: tuple[Path,
 
 
 def test_skipping_every_step_ends(data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(loop, "accumulate_gradients", lambda *_: math.nan)
+    monkeypatch.setattr(loop, "accumulate_gradients", lambda *_: torch.tensor(math.nan))
     with pytest.raises(RunFailed, match=r"11 steps in a row without a finite loss; saved .*step-00000010"):
         lora.main(lora_args(data[1], tmp_path / "out", epochs=9, on_nonfinite="skip"))
     assert len(read_metrics(tmp_path / "out")) == 10

@@ -1,0 +1,256 @@
+"""Linear layers with adapters as a GPU computes them fast; what they compute is defined by ``LoRALinear``.
+
+Layers with the same input are one product with one adapter: of W (N, K), the layers' weights one below the other,
+A (R, K), their adapters' A likewise, and B (N, R), each adapter's B in its own rows and columns,
+
+    y = x Wᵀ + (x Aᵀ) Bᵀ
+
+where A is scaled by alpha / r. One forward and one backward operation, written by hand, add the two products in place:
+apart, the compiler copies y for it, and x is read once for each layer. Frozen weights get no gradient.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_sft.lora import LoRALinear
+from lit_sft.model import GPT, MLP
+from lit_sft.quantize import FP8Linear, NF4Linear, fp8_gradient, fp8_product, to_fp8, widen_nf4
+
+MOST_RANKS = 256  # of joined adapters: B's zeros are multiplied too, for nothing below the tensor cores' tiles
+
+
+class Joined:
+    """Several linear layers with the same input, one at least with an adapter, as one product.
+
+    The layers stay what they are, with parameters of their own; in memory their frozen weights become views of one
+    matrix where they are not quantized or FP8.
+    """
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        """``layers``: with a base of the same kind, none with dropout; changed in place."""
+        self.bases = [layer.base if isinstance(layer, LoRALinear) else layer for layer in layers]
+        self.adapters = [layer if isinstance(layer, LoRALinear) else None for layer in layers]
+        self.sizes = [base.out_features for base in self.bases]
+        self.product = _joined_product(self.bases, self.sizes)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(…, K) → each layer's (…, out)."""
+        flat = x.reshape(-1, x.shape[-1])
+        y = self.product(flat, *self._adapter(x.dtype)).view(*x.shape[:-1], -1)
+        parts = y.split(self.sizes, dim=-1)
+        biases = [base.bias for base in self.bases]
+        return tuple(p if bias is None else p + bias.to(p.dtype) for p, bias in zip(parts, biases, strict=True))
+
+    def _adapter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (R, K), scaled, and B (N, R), zero where a layer meets another's adapter, in the products' dtype."""
+        adapted = [layer for layer in self.adapters if layer is not None]
+        ranks = sum(layer.lora_A.shape[0] for layer in adapted)
+        A = torch.cat([layer.scaling * layer.lora_A for layer in adapted])
+        rows, start = [], 0
+        for layer, size in zip(self.adapters, self.sizes, strict=True):
+            if layer is None:
+                rows.append(A.new_zeros(size, ranks))
+                continue
+            end = start + layer.lora_B.shape[1]
+            rows.append(F.pad(layer.lora_B, (start, ranks - end)))
+            start = end
+        return A.to(dtype), torch.cat(rows).to(dtype)
+
+
+def join_products(model: GPT) -> None:
+    """Let the adapted linear layers of each block compute as ``Joined``, in place; what ``model`` computes stays."""
+    for block in model.blocks:
+        attn = block.attn
+        attn.joined = _join([attn.query, attn.key, attn.value])
+        alone = [attn.query, attn.key, attn.value] if attn.joined is None else []
+        alone.append(attn.projection)
+        if isinstance(block.mlp, MLP):
+            mlp = block.mlp
+            mlp.joined = _join([mlp.gate, mlp.up]) if mlp.gate is not None else None
+            alone.append(mlp.down)
+            alone += [mlp.gate, mlp.up] if mlp.joined is None else []
+        for layer in alone:
+            if isinstance(layer, LoRALinear):
+                layer.joined = _join([layer])
+
+
+def _join(layers: list[nn.Module]) -> Joined | None:
+    """None where one of the layers' adapters drops out inputs of its own, or nothing is gained."""
+    adapters = [layer for layer in layers if isinstance(layer, LoRALinear)]
+    if not adapters or any(layer.dropout is not None for layer in adapters):
+        return None
+    if len(layers) > 1 and sum(layer.lora_A.shape[0] for layer in adapters) > MOST_RANKS:
+        return None
+    return Joined(layers)
+
+
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""x (M, K), A (R, K), B (N, R) → x Wᵀ + (x Aᵀ) Bᵀ, (M, N)."""
+
+
+def _joined_product(bases: list[nn.Module], sizes: list[int]) -> Product:
+    """The product with the weights of ``bases``, which are put one below the other in memory where that takes none."""
+    if isinstance(bases[0], NF4Linear):
+        packed = [base.packed for base in bases]
+        scales = [scale for base in bases for scale in base.scales()]
+        return lambda x, A, B: adapted_nf4(x, packed, scales, sizes, A, B)[0]
+    if isinstance(bases[0], FP8Linear):
+        bits = _stack([base.bits for base in bases])
+        scale = torch.cat([base.scale for base in bases], dim=1)
+        for base, part in zip(bases, bits.split(sizes), strict=True):
+            base.bits = part
+        return lambda x, A, B: adapted_fp8(x, *_rows_to_fp8(x), bits, scale, A, B)[0]
+    weight = _stack([base.weight.detach() for base in bases])
+    for base, part in zip(bases, weight.split(sizes), strict=True):
+        base.weight = nn.Parameter(part, requires_grad=False)
+    return lambda x, A, B: adapted(x, weight, A, B)[0]
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    """Matrices one below the other; of one alone no copy."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+# --- the operations ---
+
+
+@torch.library.custom_op("lit_sft::sum_of_products", mutates_args=())
+def sum_of_products(x: Tensor, weight: Tensor, low: Tensor, up: Tensor) -> Tensor:
+    """X (M, K) @ weight (K, N) + low (M, R) @ up (R, N), the second added in place."""
+    return (x @ weight).addmm_(low, up)
+
+
+@sum_of_products.register_fake
+def _(x: Tensor, weight: Tensor, low: Tensor, up: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("lit_sft::adapted", mutates_args=())
+def adapted(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """X Wᵀ + (x Aᵀ) Bᵀ, (M, N), and x Aᵀ, (M, R), which backward needs."""
+    low = x @ A.T
+    return (x @ weight.T).addmm_(low, B.T), low
+
+
+@adapted.register_fake
+def _(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], A.shape[0])
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, weight, A, B = inputs
+    ctx.save_for_backward(x, output[1], weight, A, B)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, low, weight, A, B = ctx.saved_tensors
+    grad_low = grad @ B
+    return sum_of_products(grad, weight, grad_low, A), None, grad_low.T @ x, grad.T @ low
+
+
+adapted.register_autograd(_backward, setup_context=_keep)
+
+
+@torch.no_grad()
+def _rows_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    return to_fp8(x)
+
+
+@torch.library.custom_op("lit_sft::adapted_fp8", mutates_args=())
+def adapted_fp8(
+    x: Tensor, rows: Tensor, row_scale: Tensor, bits: Tensor, scale: Tensor, A: Tensor, B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As ``adapted``, the frozen product in FP8.
+
+    ``rows`` (M, K) with ``row_scale`` (M, 1) are x in FP8: made outside, where the compiler makes them while it
+    makes x. ``bits`` (N, K) with ``scale`` (1, N) are the weights.
+    """
+    low = x @ A.T
+    return fp8_product(rows, row_scale, bits, scale, x.dtype).addmm_(low, B.T), low
+
+
+@adapted_fp8.register_fake
+def _(
+    x: Tensor, rows: Tensor, row_scale: Tensor, bits: Tensor, scale: Tensor, A: Tensor, B: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], bits.shape[0]), x.new_empty(x.shape[0], A.shape[0])
+
+
+@torch.library.custom_op("lit_sft::sum_of_products_fp8", mutates_args=())
+def sum_of_products_fp8(rows: Tensor, row_scale: Tensor, bits: Tensor, low: Tensor, up: Tensor) -> Tensor:
+    """As ``sum_of_products``, the first of them ``fp8_gradient``."""
+    return fp8_gradient(rows, row_scale, bits, low.dtype).addmm_(low, up)
+
+
+@sum_of_products_fp8.register_fake
+def _(rows: Tensor, row_scale: Tensor, bits: Tensor, low: Tensor, up: Tensor) -> Tensor:
+    return low.new_empty(rows.shape[0], bits.shape[1])
+
+
+def _keep_fp8(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, _, _, bits, scale, A, B = inputs
+    ctx.save_for_backward(x, output[1], bits, scale, A, B)
+
+
+def _backward_fp8(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, low, bits, scale, A, B = ctx.saved_tensors
+    grad_low = grad @ B
+    rows, row_scale = to_fp8(grad * scale.to(grad.dtype))
+    grad_x = sum_of_products_fp8(rows, row_scale, bits, grad_low, A)
+    return grad_x, None, None, None, None, grad_low.T @ x, grad.T @ low
+
+
+adapted_fp8.register_autograd(_backward_fp8, setup_context=_keep_fp8)
+
+
+@torch.library.custom_op("lit_sft::adapted_nf4", mutates_args=())
+def adapted_nf4(
+    x: Tensor, packed: list[Tensor], scales: list[Tensor], sizes: list[int], A: Tensor, B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As ``adapted``, the weights widened for it from ``widen_nf4``'s arguments, and not kept."""
+    low = x @ A.T
+    return (x @ widen_nf4(packed, scales, sizes, x.dtype).T).addmm_(low, B.T), low
+
+
+@adapted_nf4.register_fake
+def _(
+    x: Tensor, packed: list[Tensor], scales: list[Tensor], sizes: list[int], A: Tensor, B: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], sum(sizes)), x.new_empty(x.shape[0], A.shape[0])
+
+
+@torch.library.custom_op("lit_sft::sum_of_products_nf4", mutates_args=())
+def sum_of_products_nf4(
+    grad: Tensor, packed: list[Tensor], scales: list[Tensor], sizes: list[int], low: Tensor, up: Tensor
+) -> Tensor:
+    """As ``sum_of_products``, with the weights widened: an operation of its own, so that none keeps them till then."""
+    return (grad @ widen_nf4(packed, scales, sizes, grad.dtype)).addmm_(low, up)
+
+
+@sum_of_products_nf4.register_fake
+def _(
+    grad: Tensor, packed: list[Tensor], scales: list[Tensor], sizes: list[int], low: Tensor, up: Tensor
+) -> Tensor:
+    return grad.new_empty(grad.shape[0], up.shape[1])
+
+
+def _keep_nf4(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, packed, scales, sizes, A, B = inputs
+    ctx.sizes = sizes
+    ctx.save_for_backward(x, output[1], A, B, *packed, *scales)
+
+
+def _backward_nf4(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    x, low, A, B, *frozen = ctx.saved_tensors
+    packed, scales = frozen[: len(ctx.sizes)], frozen[len(ctx.sizes) :]
+    grad_low = grad @ B
+    grad_x = sum_of_products_nf4(grad, packed, scales, ctx.sizes, grad_low, A)
+    none_of_packed, none_of_scales = [None] * len(packed), [None] * len(scales)
+    return grad_x, none_of_packed, none_of_scales, None, grad_low.T @ x, grad.T @ low
+
+
+adapted_nf4.register_autograd(_backward_nf4, setup_context=_keep_nf4)
