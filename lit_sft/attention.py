@@ -78,14 +78,26 @@ class Layout:
     def _keys(self) -> dict[str, Tensor]:
         """The tensors of ``Keys``."""
         starts = list(accumulate(self.lengths, initial=0))
-        index = torch.cat([torch.arange(starts[i], starts[i + 1]) for chain in self.chains for i in chain])
-        ends = accumulate(self.n_keys())
-        own = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, self.lengths, strict=True)])
-        again = torch.ones(len(index), dtype=torch.bool)
-        again[own] = False
-        extra = again.nonzero().flatten()
-        shared, extra_of = index[extra].unique(return_inverse=True)
-        return {"index": index, "own": own, "extra": extra, "shared": shared, "extra_of": extra_of}
+        index, own, extra, extra_of = [], [], [], []
+        places: dict[int, int] = {}  # of segments that others continue: where they begin in ``shared``
+        n_shared = n_keys = 0
+        for chain in self.chains:
+            for number in chain:
+                n = self.lengths[number]
+                here = torch.arange(n_keys, n_keys + n)
+                index.append(torch.arange(starts[number], starts[number] + n))
+                n_keys += n
+                if number == chain[-1]:
+                    own.append(here)
+                    continue
+                if number not in places:
+                    places[number] = n_shared
+                    n_shared += n
+                extra.append(here)
+                extra_of.append(torch.arange(places[number], places[number] + n))
+        shared = [torch.arange(starts[number], starts[number] + self.lengths[number]) for number in places]
+        names = {"index": index, "own": own, "extra": extra, "shared": shared, "extra_of": extra_of}
+        return {name: torch.cat(parts) for name, parts in names.items()}
 
     def place(self, tensors: dict[str, Tensor]) -> None:
         """Keep ``tensors()`` as they were moved to a device, for ``on``."""

@@ -58,6 +58,7 @@ class GPT(nn.Module):
         # kinds of layers times shared segments or none, training or not: more graphs than the default of 8 allows
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         # else norms and activations are kept for the backward pass, a third more memory, though made again cheaply
+        torch._dynamo.config.specialize_float = True  # a layer's scale is no input that changes
         torch._functorch.config.ban_recompute_materialized_backward = False
         for block in self.blocks:
             block.attn.attend_apart = torch.compiler.disable(packed_attention)
@@ -191,7 +192,11 @@ class CausalSelfAttention(nn.Module):
         self, x: Tensor, rotation: Rotation, layout: Layout | Spans | None, cache: "LayerCache | None"
     ) -> Tensor:
         """(B, T, C) → (B, T, C)."""
-        query, key, value = self.joined(x) if self.joined else (self.query(x), self.key(x), self.value(x))
+        if self.joined is None:
+            query, key, value = self.query(x), self.key(x), self.value(x)
+        else:
+            query, key, value = self.joined(x)
+            value = value.contiguous()  # kept for backward it would keep the memory of all three
         if self.full_norm:
             query, key = cheaply(self.query_norm, query), cheaply(self.key_norm, key)
         query, key, value = (y.unflatten(-1, (-1, self.head_size)) for y in (query, key, value))  # (B, T, H, D)
