@@ -20,8 +20,8 @@ from lit_sft.atomic import Manifest, publish_directory
 from lit_sft.batches import TrainSteps
 from lit_sft.config import ModelConfig
 from lit_sft.families import find_family
-from lit_sft.loop import train_step
 from lit_sft.joined import join_products
+from lit_sft.loop import train_step
 from lit_sft.lora import apply_lora
 from lit_sft.model import GPT
 from lit_sft.quantize import is_quantized, place_quantized, quantized

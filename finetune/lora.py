@@ -64,7 +64,9 @@ def main(args: LoRATrainArgs) -> None:
         # whether the longest row fits, then the loop
         if args.rehearse if args.rehearse is not None else fabric.device.type != "cpu":
             rehearse(fabric, model, trained, optimizer, train_steps, args, plan, done, dropout)
-        sample = sampler(model, tokenizer, args.sample_prompt, val if len(val) else train, partial(runtime.autocast, fabric))
+        sample = sampler(
+            model, tokenizer, args.sample_prompt, val if len(val) else train, partial(runtime.autocast, fabric)
+        )
         lr_at = optim.lr_schedule(args, train_steps.max_steps)
         last = fit(
             fabric, model, optimizer, lr_at, train_steps, val_batches, args, save, sample, dropout, done, plan.advice

@@ -21,7 +21,7 @@ from lit_sft.memory import TIDY_HEAP, free_memory, resident_memory
 from lit_sft.quantize import NF4, has_nf4
 from lit_sft.run import can_share_prefix
 from lit_sft.run_inputs import going_on
-from lit_sft.runtime import BASE_DTYPE, pick_device
+from lit_sft.runtime import BASE_DTYPE, default_precision, pick_device
 from lit_sft.shards import Shards
 
 LONGEST_ROW = {"cpu": DEFAULT_ROW_TOKENS}  # longer ones are not faster there; elsewhere:
@@ -139,7 +139,8 @@ def plan_elsewhere(args: EstimateArgs) -> Plan:
     train = Shards(args.data_dir, "train", args.max_seq_length) if args.data_dir else None
     checkpoint_dir = check_checkpoint_dir(args.checkpoint_dir or train.manifest.facts["checkpoint_dir"])
     device = "cuda" if args.device_memory_gb else pick_device(args.device)
-    precision = args.precision or ("bf16-true" if device == "cuda" else "32-true")
+    # of a GPU that is not here bfloat16 is assumed
+    precision = args.precision or ("bf16-true" if args.device_memory_gb else default_precision(device))
     run: TrainArgs = args
     if args.full:
         names = {f.name for f in fields(FullTrainArgs)} - {"data_dir"}

@@ -35,12 +35,12 @@ class Joined:
         self.bases = [layer.base if isinstance(layer, LoRALinear) else layer for layer in layers]
         self.adapters = [layer if isinstance(layer, LoRALinear) else None for layer in layers]
         self.sizes = [base.out_features for base in self.bases]
-        self.product = _joined_product(self.bases, self.sizes)
+        self.product, self.frozen = _joined_product(self.bases, self.sizes)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """(…, K) → each layer's (…, out)."""
         flat = x.reshape(-1, x.shape[-1])
-        y = self.product(flat, *self._adapter(x.dtype)).view(*x.shape[:-1], -1)
+        y = self.product(flat, self.frozen, self.sizes, *self._adapter(x.dtype)).view(*x.shape[:-1], -1)
         parts = y.split(self.sizes, dim=-1)
         biases = [base.bias for base in self.bases]
         return tuple(p if bias is None else p + bias.to(p.dtype) for p, bias in zip(parts, biases, strict=True))
@@ -88,26 +88,40 @@ def _join(layers: list[nn.Module]) -> Joined | None:
     return Joined(layers)
 
 
-Product = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""x (M, K), A (R, K), B (N, R) → x Wᵀ + (x Aᵀ) Bᵀ, (M, N)."""
+Product = Callable[[Tensor, list[Tensor], list[int], Tensor, Tensor], Tensor]
+"""x (M, K), frozen tensors, rows of each weight, A (R, K), B (N, R) → x Wᵀ + (x Aᵀ) Bᵀ, (M, N)."""
 
 
-def _joined_product(bases: list[nn.Module], sizes: list[int]) -> Product:
-    """The product with the weights of ``bases``, which are put one below the other in memory where that takes none."""
+def _joined_product(bases: list[nn.Module], sizes: list[int]) -> tuple[Product, list[Tensor]]:
+    """The product with the weights of ``bases``, and the frozen tensors that it takes.
+
+    Weights are put one below the other in memory, of which each layer's are a view; NF4's stay as they are.
+    """
     if isinstance(bases[0], NF4Linear):
-        packed = [base.packed for base in bases]
-        scales = [scale for base in bases for scale in base.scales()]
-        return lambda x, A, B: adapted_nf4(x, packed, scales, sizes, A, B)[0]
+        return _nf4_product, [*(base.packed for base in bases), *(scale for base in bases for scale in base.scales())]
     if isinstance(bases[0], FP8Linear):
         bits = _stack([base.bits for base in bases])
-        scale = torch.cat([base.scale for base in bases], dim=1)
         for base, part in zip(bases, bits.split(sizes), strict=True):
             base.bits = part
-        return lambda x, A, B: adapted_fp8(x, *_rows_to_fp8(x), bits, scale, A, B)[0]
+        return _fp8_product, [bits, torch.cat([base.scale for base in bases], dim=1)]
     weight = _stack([base.weight.detach() for base in bases])
     for base, part in zip(bases, weight.split(sizes), strict=True):
         base.weight = nn.Parameter(part, requires_grad=False)
-    return lambda x, A, B: adapted(x, weight, A, B)[0]
+    return _plain_product, [weight]
+
+
+def _plain_product(x: Tensor, frozen: list[Tensor], _: list[int], A: Tensor, B: Tensor) -> Tensor:
+    return adapted(x, *frozen, A, B)[0]
+
+
+def _fp8_product(x: Tensor, frozen: list[Tensor], _: list[int], A: Tensor, B: Tensor) -> Tensor:
+    with torch.no_grad():
+        rows, row_scale = to_fp8(x)
+    return adapted_fp8(x, rows, row_scale, *frozen, A, B)[0]
+
+
+def _nf4_product(x: Tensor, frozen: list[Tensor], sizes: list[int], A: Tensor, B: Tensor) -> Tensor:
+    return adapted_nf4(x, frozen[: len(sizes)], frozen[len(sizes) :], sizes, A, B)[0]
 
 
 def _stack(parts: list[Tensor]) -> Tensor:
@@ -153,11 +167,6 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 adapted.register_autograd(_backward, setup_context=_keep)
-
-
-@torch.no_grad()
-def _rows_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    return to_fp8(x)
 
 
 @torch.library.custom_op("lit_sft::adapted_fp8", mutates_args=())
@@ -232,9 +241,7 @@ def sum_of_products_nf4(
 
 
 @sum_of_products_nf4.register_fake
-def _(
-    grad: Tensor, packed: list[Tensor], scales: list[Tensor], sizes: list[int], low: Tensor, up: Tensor
-) -> Tensor:
+def _(grad: Tensor, packed: list[Tensor], scales: list[Tensor], sizes: list[int], low: Tensor, up: Tensor) -> Tensor:
     return grad.new_empty(grad.shape[0], up.shape[1])
 
 

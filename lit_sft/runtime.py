@@ -51,6 +51,14 @@ def pick_device(wanted: str) -> str:
     return wanted
 
 
+def default_precision(device: str) -> str:
+    """The precision of a run that names none: 16 bits on a GPU, bfloat16 where it multiplies them."""
+    if device != "cuda":
+        return "32-true"
+    # older ones, T4 and V100 among them, have float16 alone, whose small gradients have to be scaled
+    return "bf16-true" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
+
+
 def launch(args: TrainArgs) -> Fabric:
     """Start Fabric on the devices and in the precision asked for; with several devices this starts the processes.
 
@@ -60,7 +68,7 @@ def launch(args: TrainArgs) -> Fabric:
     from lightning.fabric.strategies import DDPStrategy
 
     device = pick_device(args.device)
-    precision = args.precision or ("bf16-true" if device == "cuda" else "32-true")
+    precision = args.precision or default_precision(device)
     if precision == "16-mixed" and device == "cpu":
         raise InputError("--precision 16-mixed needs a GPU; use bf16-mixed or 32-true on a CPU")
     if device == "mps" and precision == "64-true":
