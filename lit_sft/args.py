@@ -114,7 +114,8 @@ class TrainArgs(Args):
     timeout_minutes: float = arg(30.0, "with several: end the run when a process has not answered for so long")
     precision: Literal["32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"] | None = arg(
         None,
-        "Fabric's name (default: bf16-true on CUDA, 16-mixed before Ampere, 32-true elsewhere); what is trained is kept in fp32 or better",
+        "Fabric's name (default: bf16-true on CUDA, 16-mixed before Ampere, 32-true elsewhere); "
+        "what is trained is kept in fp32 or better",
     )
     epochs: int | None = arg(3, "full passes over the data; the first limit reached ends the run")
     max_steps: int | None = arg(None, "most optimizer steps")
