@@ -4,13 +4,14 @@ BIN := .venv/bin
 # the platform's own Python picks the torch build; constraints.txt pins what set-up installs, pyproject.toml the ranges
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint bench clean help
+.PHONY: demo test lint bench gpu-wheels clean help
 
 help:
 	@echo "make demo   install into .venv and run the whole road on a tiny model (about a minute of computing)"
 	@echo "make test   install with the test tools, then lint, layering and tests"
 	@echo "make lint   ruff only"
 	@echo "make bench  lit_sft beside litgpt and TRL, which go into .venv-benchmark (long; see docs/performance.md)"
+	@echo "make gpu-wheels  what benchmarks/gpu.py compares with, into .whl/ for a machine without a network"
 	@echo "make clean  remove .venv, .venv-benchmark, out/ and the demo's files"
 
 # torch first and by itself: the other packages then find it there, whatever build it is
@@ -45,6 +46,16 @@ test: lint
 # BENCH="--data_file alpaca.json --tokenizer_dir FOLDER --shapes pythia-31m --repeats 3" and so on
 bench: .venv/installed
 	@$(BIN)/python benchmarks/train.py $(BENCH)
+
+# for Python 3.12 on x86-64; what they need beyond torch, transformers, peft, lightning and pandas is among them
+WHEELS := liger-kernel==0.8.5 trl==1.16.0 litgpt==0.5.13 jsonargparse==4.41.0 docstring-parser==0.18.0 \
+	typeshed-client==2.15.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 torchao==0.18.0 bitsandbytes==0.50.2
+PLATFORMS := manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_24_x86_64 manylinux_2_17_x86_64 \
+	manylinux2014_x86_64 manylinux1_x86_64
+
+gpu-wheels:
+	@$(PYTHON) -m pip --disable-pip-version-check download --quiet --no-deps --only-binary=:all: \
+		--python-version 3.12 --implementation cp $(addprefix --platform ,$(PLATFORMS)) --dest .whl $(WHEELS)
 
 clean:
 	rm -rf .venv .venv-benchmark out checkpoints/demo data/demo build *.egg-info

@@ -109,10 +109,11 @@ class Training:
         for number in range(first, last + 1):
             began = time.perf_counter()
             step = steps[number]  # with the making of its rows
+            rows_s = time.perf_counter() - began
             record = train_step(self.fabric, self.model, self.optimizer, 2e-4, step, args, self.dropout)
             records.append({
                 "loss": record["loss"], "tokens": record["n_tokens"], "labels": record["n_labels"],
-                "seconds": time.perf_counter() - began, "rows": len(step.rows),
+                "seconds": time.perf_counter() - began, "rows_s": rows_s, "rows": len(step.rows),
                 "computed": sum(row.input_ids.numel() for row in step.rows),
             })  # fmt: skip
         return records

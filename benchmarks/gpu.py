@@ -1,134 +1,312 @@
-"""Everything to be measured on one large GPU, in one command.
+"""Everything to be measured on one large GPU, in two calls of five minutes.
 
-python benchmarks/gpu.py --out results [--budget_s 1500] [--parts ceilings bf16 …]
-python benchmarks/gpu.py --out results --device cpu --shape tiny --large_shape tiny --micro_batch_tokens 1024
+python benchmarks/gpu.py --out FOLDER --call A
+python benchmarks/gpu.py --out FOLDER --call B --cache FOLDER_OF_A/cache.zip
+python benchmarks/gpu.py --out FOLDER --call A --device cpu --shape tiny    (tries the program out)
 
-Parts, each a process of its own: the machine's ceilings; lit_sft in bf16 (with and without shared prefixes), FP8 and
-NF4 over lengths like Alpaca's and LIMA's at several micro_batch_tokens; transformers + peft, length-grouped, at every
-micro-batch until memory ends; litgpt, TRL and Liger where they can be imported; the large shape on a LIMA-sized epoch;
-where a step's time goes; and a whole epoch of 51,759 examples. Weights are random and drawn on the device, the same
-ones on every side; ids are random, lengths real (alpaca_lengths.json), LIMA's assumed (lengths.py).
+Each stage is a process with a limit of its own; where compiling takes too long or a stage fails, training is tried
+once more as it is written. Weights are random and drawn on the device, the same on every side; ids are random, lengths
+real (alpaca_lengths.json), LIMA's assumed (lengths.py). What is in OUT:
 
-Each finding is a line of OUT/<part>.jsonl as soon as it is there; OUT/gpu.json holds all of them after each part. A
-part that was not reached within --budget_s is missing there, and a later call with --parts adds it. The tables:
-python benchmarks/tables.py OUT/gpu.json
+    gpu_A.jsonl   each finding as soon as it is there
+    gpu_A.json    all of them by stage, beside the machine, its clocks and power, and the predictions; after each stage
+    logs_A.zip    what the stages printed, and nvidia-smi's log of clocks and power
+    cache.zip     what torch.compile made, for a later call
+
+The tables: python benchmarks/tables.py OUT/gpu_A.json
 """
 
 import argparse
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
+from zipfile import ZIP_DEFLATED, ZipFile
 
-import torch
-from gpu_parts import PARTS
-from measure import STARTED
-from shapes import SHAPES
+from clocks import Clocks, query
+from tables import gpu_tables
 
+
+class Stage(NamedTuple):
+    """One process of a call."""
+
+    call: str
+    limit_s: float
+    """From when it may use the device; a second try without compiling has what is left of it, or RETRY_S."""
+    compile_s: float | None = None
+    """By when its first step must have been made; None: it compiles nothing."""
+    imports: str = "torch"
+    """What it imports while the stage before it runs."""
+
+
+ENGINE = "engine torch._inductor.compile_fx"
+PEERS = "peers peft transformers.trainer transformers.models.llama.modeling_llama"
+STAGES = {
+    "micro": Stage("A", 60, imports="gpu_micro"),
+    "tests": Stage("A", 60),
+    "bf16": Stage("A", 85, 60, ENGINE),
+    "fp8": Stage("A", 70, 50, ENGINE),
+    "final_bf16": Stage("B", 80, 55, ENGINE),
+    "final_fp8": Stage("B", 45, 35, ENGINE),
+    "memory": Stage("B", 35, 25, ENGINE),
+    "trainer": Stage("B", 45, imports=PEERS),
+    "litgpt": Stage("B", 35, imports="peers"),
+    "small": Stage("B", 30, 22, ENGINE),
+    "large": Stage("B", 60, 40, ENGINE),
+}
+"""In the order in which they run. Call A's limits add up to 275 s, call B's to 330."""
+BUDGET_S = {"A": 280, "B": 310}  # of a whole call: what is not reached by then is left out
+ON_CPU = 20  # times as long may everything take where the program is only tried out
+RETRY_S = 30
+LEAST_S = 15  # with less than this left no stage is begun
+ESTIMATES = "estimates"  # a process beside the others, which needs no device
+STARTED = "BENCHMARK_STARTED"  # as measure.py has it, whose import takes seconds
 HERE = Path(__file__).parent
 
 
-def machine(device: str) -> dict:
+def machine(args: argparse.Namespace) -> dict:
     """What the figures are taken on and with."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def of(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    names = ("torch", "triton", "transformers", "peft", "accelerate", "lightning", "bitsandbytes", "litgpt", "trl",
-             "liger_kernel", "unsloth")  # fmt: skip
-    gpu = torch.cuda.get_device_properties(0) if device == "cuda" else None
+    names = ("torch", "triton", "transformers", "peft", "accelerate", "lightning", "litgpt", "liger_kernel")
+    versions = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    card = query("name,driver_version,memory.total,power.limit,clocks.max.sm") if args.device == "cuda" else None
+    name, driver, memory, power, clock = card or ("cpu", None, 0, None, None)
     return {
         "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
-        "device": f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB" if gpu else "cpu",
-        "cuda": torch.version.cuda,
+        "device": name,
+        "driver": driver,
+        "memory_mib": int(memory),
+        "power_limit_w": power,
+        "most_mhz": clock,
         "python": sys.version.split()[0],
-        "versions": {name: found for name in names if (found := of(name))},
+        "cores": os.cpu_count(),
+        "versions": versions,
+        "commit": args.commit or commit(),
     }
 
 
-def lines(path: Path) -> Iterator[dict]:
-    """The findings of one part so far; a line that a kill cut short is none."""
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            yield json.loads(line)
+def commit() -> str | None:
+    """The checkout's commit; None where this is none."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", HERE, "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
 
 
-def run_part(name: str, args: argparse.Namespace, rest: float) -> None:
-    """One part in its own process, ended when the budget is."""
-    path = args.out / f"{name}.jsonl"
-    path.unlink(missing_ok=True)
-    environment = os.environ | {STARTED: str(time.time()), "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
-    print(f"== {name}, {rest:.0f} s left", flush=True)
-    with (args.out / f"{name}.log").open("w") as log:
+class Call:
+    """The stages of one call, one after the other; the next one's imports are made meanwhile."""
+
+    def __init__(self, args: argparse.Namespace, work: Path) -> None:
+        """``work``: a folder for what does not stay."""
+        self.args, self.work = args, work
+        self.lines = args.out / f"gpu_{args.call}.jsonl"
+        self.path = args.out / f"gpu_{args.call}.json"
+        self.result = json.loads(self.path.read_text()) if self.path.exists() else {"call": args.call, "stages": {}}
+        self.result["machine"] = machine(args)
+        self.end = time.monotonic() + args.budget_s
+        self.clocks = Clocks(work / "clocks.csv", args.device == "cuda")
+        self.waiting: dict[str, subprocess.Popen] = {}
+        self.start_of_lines = self._size()
+
+    def run(self, names: list[str]) -> None:
+        """Run the stages called ``names``, and write after each."""
+        self.clocks.start()
+        estimates = self._prepare(ESTIMATES)
+        self._go(estimates)
         try:
-            done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--part", name], env=environment,
-                                  stdout=log, stderr=subprocess.STDOUT, timeout=rest)  # fmt: skip
-            ended = None if done.returncode == 0 else f"exit status {done.returncode}"
-        except subprocess.TimeoutExpired:
-            ended = "the time was up"
-    if ended:
-        said = (args.out / f"{name}.log").read_text()[-1500:]
-        with path.open("a") as file:
-            file.write("\n" + json.dumps({"ended": ended, "log": said}) + "\n")
-        print(f"{name}: {ended}\n{said}", flush=True)
+            for name, following in zip(names, [*names[1:], None], strict=True):
+                if self.end - time.monotonic() < LEAST_S:
+                    self.result["stages"][name] = {"findings": [{"failed": "left out: the call's time was up"}]}
+                    continue
+                if name not in self.waiting:
+                    self.waiting[name] = self._prepare(name)
+                if following:
+                    self.waiting[following] = self._prepare(following)
+                self.result["stages"][name] = self._stage(name)
+                self._write()
+            with suppress(subprocess.TimeoutExpired):
+                estimates.wait(max(0, self.end - time.monotonic()))
+        finally:
+            for process in (estimates, *self.waiting.values()):
+                end(process)
+            self.clocks.stop()
+            self._write()
+
+    def _prepare(self, name: str, *flags: str) -> subprocess.Popen:
+        """The process of a stage, which waits for a line before it touches the device."""
+        environment = os.environ | {STARTED: str(time.time()), "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+        environment["TOKENIZERS_PARALLELISM"], environment["HF_HUB_OFFLINE"] = "false", "1"
+        if name == ESTIMATES:
+            environment["CUDA_VISIBLE_DEVICES"], environment["OMP_NUM_THREADS"] = "", "2"
+        a = self.args
+        command = [sys.executable, HERE / "gpu_stages.py", name, "--out", a.out, "--work", self.work, "--lines",
+                   self.lines, "--device", a.device, "--shape", a.shape, "--large_shape", a.large_shape, "--call",
+                   a.call,
+                   "--memory_mib", self.result["machine"]["memory_mib"]]  # fmt: skip
+        command += ["--cache", a.cache] if a.cache else []
+        command += ["--compile"] if a.compile and "--no-compile" not in flags else []
+        command += ["--imports", *STAGES[name].imports.split()] if name in STAGES else []
+        with (self.work / f"{name}.log").open("a") as log:
+            return subprocess.Popen([*map(str, command)], env=environment, cwd=self.work, stdin=subprocess.PIPE,
+                                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+
+    def _go(self, process: subprocess.Popen) -> None:
+        with suppress(BrokenPipeError):
+            process.stdin.write(b"go\n")
+            process.stdin.close()
+
+    def _stage(self, name: str) -> dict:
+        """Run one stage, once more without compiling where that may help."""
+        stage = STAGES[name]
+        began, first_sample = time.monotonic(), self.clocks.count()
+        patience = 1 if self.args.device == "cuda" else ON_CPU
+        until = min(began + patience * stage.limit_s, self.end)
+        print(f"== {name}, {self.end - began:.0f} s left of the call", flush=True)
+        offset = self._size()
+        compiled = self.args.compile and stage.compile_s is not None
+        ended = self._attempt(name, self.waiting.pop(name), until, patience * stage.compile_s if compiled else None)
+        if ended and compiled and not any("tokens_per_s" in f for f in self._findings(name, offset)):
+            self._emit(stage=name, failed=f"compiled: {ended}", log=self._tail(name))
+            until = min(max(until, time.monotonic() + RETRY_S), self.end)
+            ended, compiled = self._attempt(name, self._prepare(name, "--no-compile"), until, None), False
+        if ended:
+            self._emit(stage=name, ended=ended, log=self._tail(name))
+            print(f"{name}: {ended}\n{self._tail(name)[-600:]}", flush=True)
+        return {
+            "seconds": time.monotonic() - began,
+            "compiled": compiled,
+            "clocks": self.clocks.summary(first_sample),
+            "findings": self._findings(name, offset),
+        }
+
+    def _attempt(self, name: str, process: subprocess.Popen, until: float, compile_s: float | None) -> str | None:
+        """Let a prepared process do its work; gives why it did not end well."""
+        offset, began = self._size(), time.monotonic()
+        self._go(process)
+        compiling = compile_s is not None
+        try:
+            while process.poll() is None:
+                now = time.monotonic()
+                if now > until:
+                    return f"cut after {now - began:.0f} s"
+                if compiling and now - began > compile_s:
+                    compiling = not any("first_step_s" in f for f in self._findings(name, offset))
+                    if compiling:
+                        return f"no step was made within {compile_s:.0f} s"
+                time.sleep(0.1)
+        finally:
+            end(process)
+        return f"exit status {process.returncode}" if process.returncode else None
+
+    def _emit(self, **facts: object) -> None:
+        with self.lines.open("a") as file:
+            file.write(json.dumps(facts) + "\n")
+
+    def _size(self) -> int:
+        return self.lines.stat().st_size if self.lines.exists() else 0
+
+    def _findings(self, name: str, offset: int) -> list[dict]:
+        """What a stage has found since the file of lines had ``offset`` bytes; a line cut short is none."""
+        found = []
+        if not self.lines.exists():
+            return found
+        for line in self.lines.read_bytes()[offset:].splitlines():
+            with suppress(ValueError):
+                facts = json.loads(line)
+                if facts.pop("stage") == name:
+                    found.append(facts)
+        return found
+
+    def _tail(self, name: str) -> str:
+        return (self.work / f"{name}.log").read_text(errors="replace")[-1500:]
+
+    def _write(self) -> None:
+        """Write gpu_A.json and logs_A.zip as they are now."""
+        estimates = self._findings(ESTIMATES, self.start_of_lines)
+        complete(self.result, estimates)
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(self.result, indent=1) + "\n")
+        new.replace(self.path)
+        with ZipFile(self.work / "logs.zip", "w", ZIP_DEFLATED) as archive:
+            for path in sorted([*self.work.glob("*.log"), *self.work.glob("*.csv"), *self.work.glob("*.xml")]):
+                archive.write(path, path.name)
+        shutil.copyfile(self.work / "logs.zip", self.args.out / f"logs_{self.args.call}.zip")
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a process and what it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+CASE = ("shape", "quantize", "data", "micro_batch_tokens", "activation_checkpointing", "share_prefix")
+
+
+def complete(result: dict, estimates: list[dict]) -> None:
+    """Give each finding of a training stage what other processes know: ceilings, the estimate, the machine."""
+    facts = result["machine"]
+    brief = {name: facts[name] for name in ("device", "driver", "versions", "commit")}
+    found = [finding for stage in result["stages"].values() for finding in stage["findings"]]
+    ceilings = {f["ceiling"]: f for f in found if "ceiling" in f and f["layers"] == "separate"}
+    estimated = {tuple(f[name] for name in CASE): f for f in estimates if "estimate_bytes" in f}
+    for stage in result["stages"].values():
+        for finding in stage["findings"]:
+            if "tokens_per_s" not in finding:
+                continue
+            finding |= brief | {"clocks": stage["clocks"]}
+            top = ceilings.get(finding.get("quantize") or "bf16")
+            if top:
+                finding["share_of_burst"] = finding["flop_per_s"] / top["burst_flop_per_s"]
+                finding["share_of_sustained"] = finding["flop_per_s"] / top["sustained_flop_per_s"]
+            estimate = estimated.get(tuple(finding.get(name) for name in CASE))
+            if estimate and facts["device"] != "cpu":  # what a CPU's process takes is no GPU's memory
+                finding["estimate_bytes"] = estimate["estimate_bytes"]
+                finding["estimate_error"] = estimate["estimate_bytes"] / finding["peak_bytes"] - 1
 
 
 def main() -> None:
-    """Run the parts that fit into the budget; write after each; print the tables."""
+    """Run a call's stages; print the tables."""
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.part:
-        path = args.out / f"{args.part}.jsonl"
-
-        def emit(**facts: object) -> None:
-            with path.open("a") as file:
-                file.write(json.dumps(facts) + "\n")
-
-        PARTS[args.part](args, emit)
-        return
-    from tables import gpu_tables
-
-    began = time.perf_counter()
-    path = args.out / "gpu.json"
-    result = json.loads(path.read_text()) if path.exists() else {"parts": {}}
-    for name in args.parts:
-        rest = args.budget_s - (time.perf_counter() - began)
-        if rest < 20:
-            print(f"{name} and what follows are left out: --budget_s is over", flush=True)
-            break
-        run_part(name, args, rest)
-        result["parts"][name] = {**machine(args.device), "findings": list(lines(args.out / f"{name}.jsonl"))}
-        path.write_text(json.dumps(result, indent=1) + "\n")
-    print(gpu_tables(result))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by a signal"))  # so that what was started ends too
+    with tempfile.TemporaryDirectory() as work:
+        call = Call(args, Path(work))
+        call.run(args.stages)
+    print(gpu_tables(call.result))
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the findings")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="in this order")
-    parser.add_argument("--budget_s", type=float, default=1500, help="seconds; what does not fit is left out")
+    parser.add_argument("--out", type=lambda path: Path(path).resolve(), required=True, help="folder of the findings")
+    parser.add_argument("--call", choices=BUDGET_S, required=True, help="which of the two")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, help="some of any call's, in this order")
+    parser.add_argument("--budget_s", type=float, help="seconds of the whole call; what does not fit is left out")
+    parser.add_argument("--cache", type=lambda path: Path(path).resolve(), help="cache.zip of an earlier call")
+    parser.add_argument("--commit", help="of the code, where this is no checkout")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
-    parser.add_argument("--large_shape", choices=SHAPES, default="llama-65b")
-    parser.add_argument("--micro_batch_tokens", type=int, nargs="+", default=[4096, 8192, 16384], help="of lit_sft")
-    parser.add_argument("--epoch_quantize", choices=["fp8", "nf4"], help="of the part epoch (default: bf16)")
+    parser.add_argument("--shape", default="llama-7b", help="of shapes.py")
+    parser.add_argument("--large_shape", help="of shapes.py (default: llama-65b, on a CPU tiny)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the blocks (default: on cuda)")
-    parser.add_argument("--whole_epochs", action="store_true", help="run the large shape's epochs to their end")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.compile = args.device == "cuda" if args.compile is None else args.compile
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here; --device cpu --shape tiny tries the program out")
+    args.budget_s = args.budget_s or BUDGET_S[args.call] * (1 if args.device == "cuda" else ON_CPU)
+    args.stages = args.stages or [name for name, stage in STAGES.items() if stage.call == args.call]
+    args.large_shape = args.large_shape or ("llama-65b" if args.device == "cuda" else "tiny")
+    if args.device == "cuda" and query("name") is None:
+        parser.error("--device cuda: nvidia-smi finds no GPU here; --device cpu --shape tiny tries the program out")
     return args
 
 

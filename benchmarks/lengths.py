@@ -73,6 +73,13 @@ def alpaca_like(n: int, vocab_size: int, seed: int = 0, longest: int | None = No
     return made
 
 
+def preamble_of(number: int) -> tuple[int, int]:
+    """Which preamble an example of ``alpaca_like`` begins with, one of the first 999, and its length."""
+    facts = json.loads(FILE.read_text())
+    kind = facts["examples"][number][0]
+    return kind, facts["preambles"][kind]
+
+
 def lima_like(vocab_size: int, seed: int = 0, n: int = N_LIMA) -> list[Example]:
     """Random ids in as many examples and tokens as LIMA has (1,030 and 750,000), nothing shared.
 

@@ -30,6 +30,11 @@ def synchronize(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
+def device_name(device: str) -> str:
+    """The card's name, or cpu."""
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
 def seconds_of(work: Callable[[], object], device: torch.device | str, repeats: int = 7) -> float:
     """Median duration of ``work`` after two calls to warm up."""
     for _ in range(2):

@@ -52,7 +52,7 @@ def litgpt_model(shape: Shape, eps: float, weights: dict[str, Tensor], dtype: to
     parts |= {"lora_r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0, "lora_head": False}
     sizes = {"n_embd": shape.hidden_size, "n_layer": shape.num_hidden_layers, "n_head": shape.num_attention_heads}
     sizes |= {"intermediate_size": shape.intermediate_size, "padded_vocab_size": shape.vocab_size}
-    sizes |= {"vocab_size": shape.vocab_size, "block_size": BLOCK_SIZE}
+    sizes |= {"vocab_size": shape.vocab_size, "block_size": BLOCK_SIZE, "n_query_groups": shape.n_kv_heads}
     state: dict[str, Tensor] = {}
     if shape.model_type == "llama":
         llama = {"norm_class_name": "RMSNorm", "norm_eps": eps, "mlp_class_name": "LLaMAMLP"}
@@ -63,8 +63,13 @@ def litgpt_model(shape: Shape, eps: float, weights: dict[str, Tensor], dtype: to
         config = Config(**sizes, **parts, rotary_percentage=0.25)
         theirs = {name.replace("lm_head.", "embed_out."): tensor for name, tensor in weights.items()}
         copy_weights_gpt_neox(config, state, theirs)
-    with torch.device(device):
-        model = GPT(config).to(dtype)
+    wide = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # a large model would not fit into a device's memory twice
+    try:
+        with torch.device(device):
+            model = GPT(config)
+    finally:
+        torch.set_default_dtype(wide)
     loaded = model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=False)
     if wrong := [name for name in loaded.missing_keys if "lora_" not in name] + loaded.unexpected_keys:
         raise RuntimeError(f"litgpt's model and these weights differ: {wrong[:3]}")
@@ -116,7 +121,7 @@ def run_litgpt(folder: Path, precision: str, micro_batch: int, n_steps: int) -> 
     from safetensors.torch import load_file
 
     hf_config = json.loads((folder / "checkpoint" / "config.json").read_text())
-    shape = Shape(**{name: hf_config[name] for name in Shape.__dataclass_fields__})
+    shape = Shape(**{name: hf_config.get(name) for name in Shape.__dataclass_fields__})
     weights = load_file(folder / "checkpoint" / "model.safetensors")
     model = litgpt_model(shape, hf_config.get("rms_norm_eps", 1e-5), weights, DTYPES[precision], "cpu")
     model.max_seq_length = 512
@@ -130,14 +135,18 @@ def run_litgpt(folder: Path, precision: str, micro_batch: int, n_steps: int) -> 
     return {"steps": records, "weights_mb": weights_mb, "peak_mb": measure.peak(), "first_step_s": first}
 
 
-def litgpt_on_device(name: str, device: str, examples: Examples, micro_batch: int) -> list[dict]:
-    """Steps of litgpt on a random model drawn on the device; the records of all steps of 64 but the first."""
-    shape = SHAPES[name]
-    model = litgpt_model(shape, 1e-6, drawn_weights(shape, device), torch.bfloat16, device)
-    model.max_seq_length = max(len(ids) for ids, _ in examples)
-    optimizer = litgpt_optimizer(model)
-    steps = [examples[start : start + 64] for start in range(0, len(examples), 64)]
-    return [litgpt_step(model, optimizer, step, micro_batch) for step in steps][1:]
+class Litgpt:
+    """The LoRA of litgpt on a random model drawn on the device."""
+
+    def __init__(self, name: str, device: str, longest: int) -> None:
+        """``longest``: tokens of the longest example."""
+        self.model = litgpt_model(SHAPES[name], 1e-6, drawn_weights(SHAPES[name], device), torch.bfloat16, device)
+        self.model.max_seq_length = longest
+        self.optimizer = litgpt_optimizer(self.model)
+
+    def step(self, examples: Examples, micro_batch: int) -> dict:
+        """One step over ``examples``; gives its record."""
+        return litgpt_step(self.model, self.optimizer, examples, micro_batch)
 
 
 # --- TRL on a CPU ---
@@ -284,17 +293,20 @@ class Transformers:
         lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS[shape.model_type])
         self.model, self.device, self.liger = get_peft_model(model, lora), device, liger
 
-    def run(self, examples: Examples, micro_batch: int, grouped: bool) -> tuple[list[dict], list[float]]:
-        """Steps of 64 of ``examples``, grouped by length or in their order.
+    def run(
+        self, examples: Examples, micro_batch: int, grouped: bool, batch: int = 64
+    ) -> tuple[list[dict], list[float]]:
+        """Steps of ``batch`` of ``examples``, grouped by length or in their order.
 
         Returns the records of all steps but the first, and the losses of all; raises torch.OutOfMemoryError.
         """
         from transformers import Trainer, TrainingArguments
 
-        n_steps = len(examples) // 64
+        micro_batch = min(micro_batch, batch)
+        n_steps = len(examples) // batch
         settings = TrainingArguments(
             output_dir="trainer", per_device_train_batch_size=micro_batch, max_steps=n_steps, learning_rate=2e-4,
-            gradient_accumulation_steps=max(1, 64 // micro_batch), logging_steps=1, save_strategy="no", report_to=[],
+            gradient_accumulation_steps=batch // micro_batch, logging_steps=1, save_strategy="no", report_to=[],
             disable_tqdm=True, train_sampling_strategy="group_by_length" if grouped else "sequential", seed=0,
             use_cpu=self.device == "cpu", bf16=False, use_liger_kernel=self.liger, remove_unused_columns=False,
         )  # fmt: skip

@@ -3,7 +3,8 @@
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from measure import synchronize
@@ -15,31 +16,58 @@ PRODUCTS = re.compile(
 KINDS = (  # the first that matches, of the kernel's name or else the operator's
     ("attention", re.compile(r"flash|fmha|attention|varlen", re.IGNORECASE)),
     ("optimizer", re.compile(r"adam|multi_tensor|foreach_|lpnorm|clip_grad|Optimizer", re.IGNORECASE)),
-    ("copies", re.compile(r"memcpy|memset|aten::(copy_|_to_copy|cat|zeros|zero_|fill_)|Memcpy", re.IGNORECASE)),
 )
+COPIES = re.compile(r"memcpy|memset|aten::(copy_|_to_copy|clone|contiguous|cat|zeros|zero_|fill_)", re.IGNORECASE)
+GATHER = re.compile(r"aten::(index_select|index|index_put_|_index_put_impl_)|prefix|gather", re.IGNORECASE)
+# what Inductor calls a kernel that does nothing else; a name is made of the operations fused in it
+VIEWS = "t|view|unsafe_view|transpose|permute"
+ONLY_CAST = re.compile(rf"triton_\w+?_fused(_+(to_copy|convert_element_type|{VIEWS}))+_\d+$")
+ONLY_LAYOUT = re.compile(rf"triton_\w+?_fused(_+(clone|cat|{VIEWS}))+_\d+$")
+ADAPTER = {RANK, 2 * RANK, 3 * RANK}  # widths of the adapter's products: one layer's, or of several that are joined
 
 
-def classify(operator: str, kernel: str, sizes: list, vocab_size: int) -> str:
-    """The category of one operator, or of one kernel that it started.
+class Work(NamedTuple):
+    """One kernel of a GPU, or on a CPU one operator."""
 
-    Args:
-        operator: its name, ``aten::mm`` and so on.
-        kernel: the kernel's name on a GPU, else empty.
-        sizes: the shapes of the operator's inputs.
-        vocab_size: what tells the head and the loss from the rest.
-    """
-    widths = {size for shape in sizes if isinstance(shape, list | tuple) for size in shape if isinstance(size, int)}
+    operator: str
+    """That started it, ``aten::mm`` and so on."""
+    kernel: str
+    """Its name on a GPU, else empty."""
+    sizes: list
+    """The shapes of the operator's inputs."""
+    seconds: float
+    around: str = ""
+    """The operators that the operator is part of."""
+    wide: tuple[list, ...] = ()
+    """Their inputs' shapes."""
+    backward: bool = False
+
+
+def classify(work: Work, vocab_size: int) -> str:
+    """The category of one piece of work; ``vocab_size`` tells the head and the loss from the rest."""
+    shapes = [shape for sizes in (work.sizes, *work.wide) for shape in sizes if isinstance(shape, list | tuple)]
+    widths = {size for shape in shapes for size in shape if isinstance(size, int)}
+    own = {size for shape in work.sizes if isinstance(shape, list | tuple) for size in shape}
     for kind, pattern in KINDS:
-        if pattern.search(kernel or operator):
+        if pattern.search(work.kernel or work.operator):
             return kind
-    if PRODUCTS.search(operator):
-        if vocab_size in widths:
-            return "head and loss"
-        return "LoRA products" if RANK in widths else "matrix products"
-    if vocab_size in widths or re.search(r"softmax|nll_loss|cross_entropy|CrossEntropy", operator + kernel):
+    if vocab_size in widths or re.search(r"softmax|nll_loss|cross_entropy|CrossEntropy", work.operator + work.kernel):
         return "head and loss"
-    if kernel and re.search(r"gemm|nvjet|cutlass|cublas|xmma", kernel, re.IGNORECASE):
-        return "matrix products"
+    product = PRODUCTS.search(work.operator)
+    if product or PRODUCTS.search(work.around):  # a copy inside an addmm is the addmm's
+        if ADAPTER & (own if product else widths):
+            return "LoRA backward" if work.backward else "LoRA forward"
+        return "base products"
+    if work.kernel and re.search(r"gemm|nvjet|cutlass|cublas|xmma", work.kernel, re.IGNORECASE):
+        return "base products"
+    if GATHER.search(work.operator) or GATHER.search(work.around):
+        return "prefix gather" if any(len(shape) >= 3 for shape in shapes) else "head and loss"
+    if ONLY_CAST.search(work.kernel):
+        return "casts"
+    if ONLY_LAYOUT.search(work.kernel):
+        return "layout copies"
+    if COPIES.search(work.operator) or COPIES.search(work.kernel):
+        return "copies"
     return "elementwise"
 
 
@@ -62,13 +90,50 @@ def profile(step: Callable[[], object], device: str, shape: Shape) -> dict:
         synchronize(device)
         profiled = time.perf_counter() - began
     seconds, names = Counter(), Counter()
-    for event in profiler.events():
-        pieces = [(k.name, k.duration) for k in event.kernels] if on_gpu else [("", event.self_cpu_time_total)]
-        for kernel, duration in pieces:
-            kind = classify(event.name, kernel, event.input_shapes, shape.vocab_size)
-            seconds[kind] += duration / 1e6
-            names[f"{kind}: {kernel or event.name}"] += duration / 1e6
+    for work in works(profiler.events(), on_gpu):
+        kind = classify(work, shape.vocab_size)
+        seconds[kind] += work.seconds
+        names[f"{kind}: {work.kernel or work.operator}"[:160]] += work.seconds
     # profiling slows down the host, not the kernels: a GPU's gaps are what the plain step took beyond them
     gaps = (plain if on_gpu else profiled) - sum(seconds.values())
-    most = [{"name": name, "seconds": value} for name, value in names.most_common(40)]
+    most = [{"name": name, "seconds": value} for name, value in names.most_common(60)]
     return {"seconds": plain, "profiled_seconds": profiled, "categories": dict(seconds) | {"gaps": gaps}, "most": most}
+
+
+def works(events: list, on_gpu: bool) -> Iterator[Work]:
+    """What was computed: on a GPU each kernel, under the operator that started it where that is known."""
+    if not on_gpu:
+        for event in events:
+            yield Work(event.name, "", event.input_shapes, event.self_cpu_time_total / 1e6)
+        return
+    operators = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+    main = operators[0].thread if operators else 0
+    rest: Counter = Counter()  # seconds of kernels that no operator is known to have started
+    for event in events:
+        annotation = event.is_user_annotation or event.name.startswith("Optimizer.")
+        if event.device_type == torch.autograd.DeviceType.CUDA and not annotation:
+            rest[event.name] += (event.time_range.end - event.time_range.start) / 1e6
+    for event in operators:
+        if not event.kernels:
+            continue
+        around, wide, outer = [], [], event.cpu_parent
+        while outer is not None and len(around) < 4:
+            around.append(outer.name)
+            wide.append(outer.input_shapes)
+            outer = outer.cpu_parent
+        for kernel in event.kernels:
+            if kernel.name not in rest:
+                continue  # an annotation's span
+            rest[kernel.name] -= kernel.duration / 1e6
+            yield Work(
+                event.name,
+                kernel.name,
+                event.input_shapes,
+                kernel.duration / 1e6,
+                " ".join(around),
+                tuple(wide),
+                backward=event.thread != main,  # autograd's own thread
+            )
+    for name, seconds in rest.items():
+        if seconds > 1e-7:
+            yield Work("", name, [], seconds)

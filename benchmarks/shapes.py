@@ -17,18 +17,26 @@ class Shape:
     num_attention_heads: int
     intermediate_size: int
     vocab_size: int
+    num_key_value_heads: int | None = None
+    """Fewer than query heads (grouped-query attention); None: as many."""
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
 
     def hf_config(self) -> dict:
         """The fields of its config.json; weights drawn with this deviation can learn through a frozen head."""
-        fields = {name: value for name, value in vars(self).items() if name != "model_type"}
+        fields = {name: value for name, value in vars(self).items() if name != "model_type" and value is not None}
         extra = {"max_position_embeddings": BLOCK_SIZE, "tie_word_embeddings": False}
         return fields | extra | {"initializer_range": self.hidden_size**-0.5}
 
     def linears(self) -> list[tuple[int, int]]:
         """(in, out) of each linear layer of a block, query, key and value apart."""
         d, wide = self.hidden_size, self.intermediate_size
+        d_kv = d // self.num_attention_heads * self.n_kv_heads
         mlp = [(d, wide), (d, wide), (wide, d)] if self.model_type == "llama" else [(d, wide), (wide, d)]
-        return [(d, d)] * 4 + mlp
+        return [(d, d), (d, d_kv), (d, d_kv), (d, d), *mlp]
 
     def n_linear(self) -> int:
         """Weights of the blocks' linear layers."""
@@ -61,5 +69,6 @@ SHAPES = {
     "llama-100m": Shape("llama", 640, 12, 10, 1728, 50304),
     "tiny": Shape("llama", 64, 2, 4, 192, 512),
     "llama-7b": Shape("llama", 4096, 32, 32, 11008, 32000),
+    "llama-0.5b": Shape("llama", 896, 24, 14, 4864, 151936, num_key_value_heads=2),
     "llama-65b": Shape("llama", 8192, 80, 64, 22016, 32000),
 }

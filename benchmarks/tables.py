@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from predictions import BF16_FLOP_PER_S, BF16_ONLY, FP8_FLOP_PER_S, MICROSECONDS, TOKENS_PER_S, on_card
+
 NAMES = {"lit_sft": "lit_sft", "litgpt": "litgpt", "trl": "TRL + PEFT, padded", "trl_packing": "TRL + PEFT, packed",
          "trl_padding_free": "TRL + PEFT, padding-free"}  # fmt: skip
 
@@ -81,81 +83,145 @@ def growth_tables(result: dict) -> str:
     return "\n".join(parts)
 
 
+# --- of a GPU ---
+
+
 def gpu_tables(result: dict) -> str:
-    """Of benchmarks/gpu.py: whatever parts are there."""
-    parts = result["parts"]
-    if not parts:
-        return "nothing was measured\n"
-    machine = next(iter(parts.values()))
+    """Of benchmarks/gpu.py: whatever is there, each figure beside what was predicted of it."""
+    machine, stages = result["machine"], result["stages"]
+    device = machine["device"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    written = [f"{machine['device']}; Python {machine['python']}, CUDA {machine['cuda']}, {versions}.\n"]
-    ceilings = {(f["shape"], f["kind"]): f["flop_per_s"] for f in findings(parts, "ceilings") if "kind" in f}
-    if ceilings:
-        rows = [[f"{shape}, {kind}", f"{rate / 1e12:,.3g}"] for (shape, kind), rate in ceilings.items()]
-        copies = [f["copy_bytes_per_s"] for f in findings(parts, "ceilings") if "copy_bytes_per_s" in f]
-        rows += [["copies, TB/s", f"{rate / 1e12:.2f}"] for rate in copies]
-        written.append(table(["ceiling", "TFLOP/s"], rows))
-    for name in ("bf16", "fp8", "nf4", "trainer", "others"):
-        if rows := [speed_row(name, f, ceilings) for f in findings(parts, name) if "ended" not in f]:
-            header = [name, "useful tokens/s", "TFLOP/s", "of bf16's ceiling", "peak GiB", "first step, s", "compiled",
-                      "again", "first loss"]  # fmt: skip
-            written.append(table(header, rows))
-    large = [f for part in ("large_bf16", "large_fp8") for f in findings(parts, part) if "ended" not in f]
-    if large:
-        written.append(table(["LIMA-sized epoch", "useful tokens/s", "peak GiB", "seconds an epoch", "steps measured"],
-                             [large_row(f) for f in large]))  # fmt: skip
-    for f in findings(parts, "epoch"):
-        if "seconds" in f:
-            written.append(f"An epoch of {f['examples']:,} examples of Alpaca's lengths on {f['shape']}, "
-                           f"{f['quantize'] or 'bf16'}: {f['seconds'] / 60:.1f} minutes, "
-                           f"{f['tokens_per_s']:,.0f} useful tokens/s.\n")  # fmt: skip
-    for f in findings(parts, "profile"):
-        if "categories" in f:
-            rows = sorted(f["categories"].items(), key=lambda item: -item[1])
-            written.append(table([f"one step, {f['quantize'] or 'bf16'}: {f['seconds'] * 1e3:,.0f} ms", "ms"],
-                                 [[kind, f"{seconds * 1e3:,.1f}"] for kind, seconds in rows]))  # fmt: skip
-    written += [
-        f"{name}: ended early, {f['ended']}.\n" for name in parts for f in findings(parts, name) if "ended" in f
+    facts = f"{device}, driver {machine['driver']}; Python {machine['python']}, {versions}"
+    parts = [f"{facts}; commit {machine['commit'] or 'unknown'}.\n"]
+    parts += [kernel_table(stages), ceiling_table(stages), speed_table(stages, device)]
+    parts += [category_table(f, device) for f in every(stages, "microseconds")]
+    parts += [
+        f"An epoch of 51,759 examples, from {f['examples']:,} in {f['seconds']:.1f} s: {f['epoch_s'] / 60:.2f} min.\n"
+        for f in every(stages, "epoch_s")
     ]
-    return "\n".join(written)
+    parts += [losses_table(stages), stage_table(stages), *remarks(stages)]
+    return "\n".join(filter(None, parts))
 
 
-def findings(parts: dict, name: str) -> list[dict]:
-    """What one part found."""
-    return parts.get(name, {}).get("findings", [])
+def every(stages: dict, key: str) -> list[dict]:
+    """The findings that have ``key``."""
+    return [f for stage in stages.values() for f in stage["findings"] if key in f]
 
 
-def speed_row(part: str, found: dict, ceilings: dict) -> list[object]:
-    """One configuration of lit_sft or of a peer."""
-    if "tool" in found or part == "trainer":
-        order = {True: ", length-grouped", False: ", in order"}.get(found.get("grouped"), "")
-        name = f"{found['tool']}, micro-batch {found.get('micro_batch', '–')}{order}"
-    else:
-        name = f"{found['data']}, {found['micro_batch_tokens']:,}" + (", prefixes" if found["share_prefix"] else "")
-        name += ", recomputed" if found["activation_checkpointing"] != "none" else ""
-    if "failed" in found:
-        return [name, found["failed"].splitlines()[0][:60], *[""] * 7]
-    ceiling = ceilings.get((found["shape"], "bf16"))
-    return [
-        name, f"{found['tokens_per_s']:,.0f}", f"{found['flop_per_s'] / 1e12:,.3g}",
-        f"{found['flop_per_s'] / ceiling:.0%}" if ceiling else "", f"{found['peak_bytes'] / 2**30:.1f}",
-        f"{found['first_step_s']:.1f}" if "first_step_s" in found else "", found.get("compilations", ""),
-        found.get("recompilations", ""), f"{found['first_losses'][0]:.4f}" if "first_losses" in found else "",
-    ]  # fmt: skip
+def rounded(value: float | None) -> str:
+    """Three digits; nothing where there is no value."""
+    if value is None:
+        return ""
+    return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def large_row(found: dict) -> list[object]:
-    """One run of the large shape."""
-    name = f"{found['shape']}, {found['quantize'] or 'bf16'}, recomputed: {found['activation_checkpointing']}"
-    if "failed" in found:
-        return [name, found["failed"].splitlines()[0][:60], "", "", ""]
-    return [name, f"{found['tokens_per_s']:,.0f}", f"{found['peak_bytes'] / 2**30:.1f}", f"{found['epoch_s']:,.0f}",
-            f"{found['measured_steps']} of {found['epoch_steps']}"]  # fmt: skip
+def kernel_table(stages: dict) -> str:
+    """Single kernels."""
+    rows = []
+    for f in every(stages, "micro"):
+        if "seconds" in f:
+            predicted = f["predicted_s"]
+            rows.append([
+                f["micro"], rounded(f["seconds"] * 1e6), rounded(predicted * 1e6) if predicted else "",
+                rounded(f["flop"] / f["seconds"] / 1e12) if f["flop"] else "",
+                rounded(f["bytes"] / f["seconds"] / 1e9) if f["bytes"] else "",
+            ])  # fmt: skip
+    return table(["kernel", "µs", "predicted", "TFLOP/s", "GB/s"], rows) if rows else ""
+
+
+def ceiling_table(stages: dict) -> str:
+    """Products of a whole block, forward and backward."""
+    predicted = {"bf16": BF16_FLOP_PER_S, "fp8": FP8_FLOP_PER_S}
+    rows = []
+    for f in every(stages, "ceiling"):
+        rates = f["burst_flop_per_s"], f["sustained_flop_per_s"], predicted[f["ceiling"]]
+        rows.append([f"{f['ceiling']}, {f['layers']}", *(rounded(rate / 1e12) for rate in rates)])
+    return table(["ceiling, TFLOP/s", "burst", "sustained", "predicted"], rows) if rows else ""
+
+
+def speed_table(stages: dict, device: str) -> str:
+    """One row for each way of training that gave a speed, lit_sft's and the others'."""
+    rows = []
+    for f in every(stages, "tokens_per_s"):
+        now = after = None
+        if "tool" not in f and f["shape"] == "llama-7b" and f["data"] in ("alpaca", "epoch"):
+            now, after = on_card(TOKENS_PER_S[f["quantize"], f["share_prefix"]], device)
+        error = f.get("estimate_error")
+        rows.append([
+            case_name(f), rounded(f["tokens_per_s"]), rounded(now), rounded(after), rounded(f["flop_per_s"] / 1e12),
+            f"{f['share_of_sustained']:.0%}" if "share_of_sustained" in f else "",
+            f"{f['peak_bytes'] / 2**30:.1f}", f"{f.get('reserved_bytes', 0) / 2**30:.1f}",
+            f"{error:+.0%}" if error is not None else "",
+            f"{f['first_step_s']:.0f}" if "first_step_s" in f else "",
+            f"{f['compilations']} + {f['recompilations']}" if "compilations" in f else "",
+        ])  # fmt: skip
+    header = ["", "useful tokens/s", "predicted", "after", "TFLOP/s", "of sustained", "peak GiB", "reserved",
+              "estimate off by", "first step, s", "graphs"]  # fmt: skip
+    return table(header, rows) if rows else ""
+
+
+def case_name(found: dict) -> str:
+    """One way of training."""
+    if "tool" in found:
+        order = {True: ", by length", False: ", in order"}.get(found.get("grouped"), "")
+        return f"{found['tool']}, micro-batch {found['micro_batch']}{order}"
+    name = f"{found['shape']}, {found['quantize'] or 'bf16'}, {found['data']}, {found['micro_batch_tokens']:,}"
+    name += ", prefixes" * found["share_prefix"]
+    recomputed = found["activation_checkpointing"]
+    name += f", recomputed: {recomputed}" * (recomputed != "none")
+    return name + ", not compiled" * (not found["compiled"])
+
+
+def category_table(found: dict, device: str) -> str:
+    """Where a step's time goes."""
+    spent = dict(found["microseconds"])
+    spent["optimizer, host"] = spent.pop("optimizer", 0.0) + spent.pop("gaps")
+    spent["sum"] = sum(spent.values())
+    rows = []
+    for kind, value in sorted(spent.items(), key=lambda item: -item[1]):
+        known = found["shape"] == "llama-7b" and (found["quantize"] is None or kind not in BF16_ONLY)
+        now, after = on_card(MICROSECONDS.get(kind) if known else None, device)
+        rows.append([kind, f"{value:.2f}", rounded(now), rounded(after)])
+    return table([f"µs a useful token, {case_name(found)}", "measured", "predicted", "after"], rows)
+
+
+def losses_table(stages: dict) -> str:
+    """The first losses of every side that began with an adapter of zeros."""
+    rows = [[case_name(f), *(f"{loss:.4f}" for loss in f["first_losses"][:1])] for f in every(stages, "first_losses")]
+    return table(["", "first loss"], rows) if rows else ""
+
+
+def stage_table(stages: dict) -> str:
+    """How long each stage took, at which clock and power."""
+    rows = []
+    for name, stage in stages.items():
+        if "seconds" in stage:
+            found = stage["clocks"]
+            speed = [f"{found['sm_mhz']['median']:.0f}", f"{found['power_w']['median']:.0f}"] if found else ["", ""]
+            rows.append([name, f"{stage['seconds']:.0f}", *speed])
+    return table(["stage", "seconds", "SM MHz", "W"], rows)
+
+
+def remarks(stages: dict) -> list[str]:
+    """Tests, notes, and what did not work and why."""
+    said = []
+    for name, stage in stages.items():
+        for f in stage["findings"]:
+            why = f.get("ended") or f.get("failed")
+            what = f.get("micro") or f.get("tool") or ""
+            if "tests" in f:
+                wrong = f["failures"] + f["errors"]
+                said.append(f"{name}: {f['tests']} run, {wrong} failed, {f['skipped']} skipped {f['wrong'] or ''}")
+            if "note" in f:
+                said.append(f"{name}: {f['note']} {', '.join(map(rounded, f.get('differences', [])))}")
+            if why:
+                said.append(f"{name}: {what} {why.strip().splitlines()[0][:160]}")
+    return said
 
 
 def tables(result: dict) -> str:
     """The tables of any of the three programs."""
-    if "parts" in result:
+    if "stages" in result:
         return gpu_tables(result)
     return training_tables(result) if "shapes" in result else growth_tables(result)
 

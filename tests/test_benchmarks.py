@@ -125,18 +125,59 @@ def test_a_random_model_is_quantized_as_it_is_drawn(quantize: str) -> None:
     assert torch.equal(narrow.wte.weight, plain.wte.weight)
 
 
-def test_operators_have_their_categories() -> None:
-    from profiling import classify
+def test_work_has_its_category() -> None:
+    from profiling import Work, classify
 
-    assert classify("aten::mm", "", [[100, 64], [64, 64]], 512) == "matrix products"
-    assert classify("aten::mm", "nvjet_tst_128x64", [[100, 64], [64, 16]], 512) == "LoRA products"
-    assert classify("aten::_scaled_mm", "sm90_xmma_gemm_e4m3", [[100, 64], [64, 160]], 512) == "matrix products"
-    assert classify("aten::mm", "", [[100, 64], [64, 512]], 512) == "head and loss"
-    assert classify("aten::_softmax", "softmax_warp", [[100, 512]], 512) == "head and loss"
-    assert classify("aten::_flash_attention_forward", "flash_fwd_kernel", [[1, 4, 100, 16]], 512) == "attention"
-    assert classify("aten::_fused_adamw_", "multi_tensor_apply_kernel", [[]], 512) == "optimizer"
-    assert classify("triton_poi_fused_mul_silu", "triton_poi_fused_mul_silu_0", [], 512) == "elementwise"
-    assert classify("aten::copy_", "Memcpy DtoD", [[100, 64]], 512) == "copies"
+    def kind(operator: str, kernel: str, sizes: list, **more: object) -> str:
+        return classify(Work(operator, kernel, sizes, 1.0, **more), 512)
+
+    assert kind("aten::mm", "", [[100, 64], [64, 64]]) == "base products"
+    assert kind("aten::mm", "nvjet_tst_128x64", [[100, 64], [64, 16]]) == "LoRA forward"
+    assert kind("aten::mm", "nvjet_tst_128x64", [[100, 64], [64, 48]], backward=True) == "LoRA backward"
+    copied = {"around": "aten::addmm", "wide": ([[100, 64], [100, 16], [16, 64]],)}
+    assert kind("aten::copy_", "Memcpy DtoD", [[100, 64]], **copied) == "LoRA forward"
+    assert kind("aten::_scaled_mm", "sm90_xmma_gemm_e4m3", [[100, 64], [64, 160]]) == "base products"
+    assert kind("aten::mm", "", [[100, 64], [64, 512]]) == "head and loss"
+    assert kind("aten::_softmax", "softmax_warp", [[100, 512]]) == "head and loss"
+    assert kind("aten::_flash_attention_forward", "flash_fwd_kernel", [[1, 4, 100, 16]]) == "attention"
+    assert kind("aten::_fused_adamw_", "multi_tensor_apply_kernel", [[]]) == "optimizer"
+    assert kind("triton_poi_fused_mul_silu_0", "triton_poi_fused_mul_silu_0", []) == "elementwise"
+    assert kind("", "triton_poi_fused__to_copy_3", []) == kind("", "triton_poi_fused__to_copy_t_12", []) == "casts"
+    assert kind("", "triton_poi_fused_clone_transpose_2", []) == "layout copies"
+    assert kind("", "triton_poi_fused__to_copy_add_mul_3", []) == "elementwise"
+    assert kind("aten::_index_put_impl_", "indexing_backward", [[100, 4, 16], [], [130, 4, 16]]) == "prefix gather"
+    assert kind("aten::index", "index_elementwise", [[100, 64], []]) == "head and loss"
+    assert kind("aten::copy_", "Memcpy DtoD", [[100, 64]]) == "copies"
+
+
+def test_kernels_of_a_gpu_are_counted_once() -> None:
+    """Those of operators under these, the rest by their names; spans that name a part of the code are none."""
+    from types import SimpleNamespace as Event
+
+    from profiling import works
+    from torch.autograd import DeviceType
+
+    def event(name: str, kind: DeviceType, span: tuple[int, int], **more: object) -> Event:
+        facts = {"thread": 1, "kernels": [], "cpu_parent": None, "input_shapes": [], "is_user_annotation": False}
+        return Event(name=name, device_type=kind, time_range=Event(start=span[0], end=span[1]), **(facts | more))
+
+    kernel = Event(name="nvjet", duration=30)
+    outer = event("aten::linear", DeviceType.CPU, (0, 5), input_shapes=[[9, 64]])
+    events = [
+        outer,
+        event("aten::mm", DeviceType.CPU, (1, 2), kernels=[kernel], cpu_parent=outer, thread=2),
+        event("nvjet", DeviceType.CUDA, (10, 40)),
+        event("triton_poi_fused_add_0", DeviceType.CUDA, (40, 50)),
+        event("Optimizer.step#AdamW.step", DeviceType.CUDA, (10, 90), is_user_annotation=True),
+    ]
+    product, rest = works(events, on_gpu=True)
+    assert (product.operator, product.seconds, product.around, product.backward) == (
+        "aten::mm",
+        3e-5,
+        "aten::linear",
+        True,
+    )
+    assert (rest.kernel, rest.seconds) == ("triton_poi_fused_add_0", pytest.approx(1e-5))
 
 
 def test_a_profile_adds_up(tmp_path: Path) -> None:
@@ -165,28 +206,97 @@ def test_the_best_micro_batch_is_the_one_with_the_highest_median() -> None:
 
 
 def test_the_gpu_program_on_a_cpu(tmp_path: Path) -> None:
-    """One part in its own process, its findings, the tables, and a part that fails; the whole takes minutes."""
+    """Stages in processes of their own, their findings, the tables; both whole calls take minutes."""
     out = tmp_path / "out"
-    command = [sys.executable, BENCHMARKS / "gpu.py", "--out", out, "--device", "cpu", "--shape", "tiny"]
-    command += ["--large_shape", "tiny", "--parts", "ceilings", "--micro_batch_tokens", "512"]
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--out", out, "--call", "A", "--device", "cpu"]
+    command += ["--shape", "tiny", "--stages", "micro", "tests", "litgpt"]
     done = subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    parts = json.loads((out / "gpu.json").read_text())["parts"]
-    kinds = {f.get("kind") for f in parts["ceilings"]["findings"]}
-    assert kinds == {None, "bf16", "fp8"} and "| tiny, fp8 |" in done.stdout
-    assert not any("ended" in finding for finding in parts["ceilings"]["findings"])
+    stages = json.loads((out / "gpu_A.json").read_text())["stages"]
+    assert list(stages) == ["micro", "tests", "litgpt"] and "| 64 × 64, bf16, forward |" in done.stdout
+    found = stages["micro"]["findings"]
+    assert "bf16" in {f.get("ceiling") for f in found}
+    assert next(f for f in found if f.get("note", "").startswith("prefix gather"))["differences"][0] < 1e-3
+    assert stages["tests"]["findings"] == [{"failed": "needs a GPU"}]
+    assert not any("ended" in finding for stage in stages.values() for finding in stage["findings"])
+    assert {path.name for path in out.iterdir()} == {"gpu_A.json", "gpu_A.jsonl", "logs_A.zip"}
+
+
+def test_calls_are_short() -> None:
+    """What is promised of a lent machine's time."""
+    from gpu import BUDGET_S, STAGES
+
+    limits = {call: sum(stage.limit_s for stage in STAGES.values() if stage.call == call) for call in BUDGET_S}
+    assert limits["A"] <= 280 and limits["B"] <= 330
+    assert all(stage.compile_s is None or stage.compile_s < stage.limit_s for stage in STAGES.values())
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["failed", "compiling too long"])
+def test_a_stage_is_tried_again_without_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool) -> None:
+    import argparse
+
+    import gpu
+
+    monkeypatch.setitem(gpu.STAGES, "bf16", gpu.Stage("A", 60, 0.5))
+    monkeypatch.setattr(gpu, "ON_CPU", 1)
+    args = argparse.Namespace(out=tmp_path, call="A", budget_s=100, device="cpu", compile=True, commit=None)
+    call = gpu.Call(args, tmp_path)
+    tried = []
+
+    def prepare(name: str, *flags: str) -> subprocess.Popen:
+        tried.append(flags)
+        (tmp_path / f"{name}.log").write_text("its last words")
+        code = "import time; time.sleep(60)" if cut else "raise SystemExit(3)"
+        if flags:
+            line = json.dumps({"stage": name, "note": "done"})
+            code = f"open({str(call.lines)!r}, 'a').write({line!r} + chr(10))"
+        return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True)
+
+    monkeypatch.setattr(call, "_prepare", prepare)
+    call.waiting["bf16"] = prepare("bf16")
+    stage = call._stage("bf16")
+    why = "no step was made within" if cut else "exit status 3"
+    first, second = stage["findings"]
+    assert why in first["failed"] and first["log"] == "its last words" and second == {"note": "done"}
+    assert tried == [(), ("--no-compile",)] and not stage["compiled"]
+
+
+def test_clocks_are_those_of_a_busy_card(tmp_path: Path) -> None:
+    from clocks import Clocks
+
+    path = tmp_path / "clocks.csv"
+    line = "2026/11/27 01:00:00.000, {}, 2619, {}, 40, {}, 100, 0x0000000000000004"
+    lines = [line.format(345, 90, 0), line.format(1500, 650, 99), line.format(1980, 500, 80), "2026/11/27 01:0"]
+    path.write_text("\n".join([line.format(1980, 700, 100), *lines]))
+    clocks = Clocks(path, wanted=False)
+    assert clocks.count() == 4
+    found = clocks.summary(first=1)
+    assert found["samples"] == 2 and found["sm_mhz"] == {"median": 1740, "least": 1500, "most": 1980}
+    assert found["power_w"]["most"] == 650 and Clocks(tmp_path / "none", wanted=False).summary(0) == {}
 
 
 def test_tables_of_whatever_is_there() -> None:
-    from tables import gpu_tables, tables
+    from gpu import complete
+    from tables import tables
 
-    machine = {"device": "cpu", "python": "3", "cuda": None, "versions": {"torch": "2"}}
-    case = {"shape": "tiny", "data": "alpaca", "micro_batch_tokens": 512, "share_prefix": True, "quantize": None,
+    machine = {"device": "NVIDIA H200", "driver": "580", "python": "3", "versions": {"torch": "2"}, "commit": "abc"}
+    case = {"shape": "llama-7b", "data": "alpaca", "micro_batch_tokens": 512, "share_prefix": True, "quantize": None,
             "activation_checkpointing": "none"}  # fmt: skip
-    speed = {"tokens_per_s": 2000.0, "flop_per_s": 5e11, "peak_bytes": 2**31, "compilations": 2, "recompilations": 0}
-    ceilings = [{"shape": "tiny", "kind": "bf16", "flop_per_s": 1e12}]
-    found = [case | speed, case | {"failed": "out of memory: so much"}, {"ended": "the time was up", "log": ""}]
-    text = tables({"parts": {"ceilings": machine | {"findings": ceilings}, "bf16": machine | {"findings": found}}})
-    assert "| alpaca, 512, prefixes | 2,000 | 0.5 | 50% | 2.0 |  | 2 | 0 |  |" in text
-    assert "out of memory: so much" in text and "bf16: ended early, the time was up" in text
-    assert gpu_tables({"parts": {}}) == "nothing was measured\n"
+    speed = {"tokens_per_s": 19_500.0, "flop_per_s": 4e14, "peak_bytes": 2**35, "compilations": 2, "recompilations": 0,
+             "compiled": True, "microseconds": {"base products": 38.0, "optimizer": 0.5, "gaps": 0.5}}  # fmt: skip
+    peer = {"tool": "litgpt", "micro_batch": 4, "tokens_per_s": 5000.0, "flop_per_s": 1e14, "peak_bytes": 2**34}
+    top = {"ceiling": "bf16", "layers": "separate", "burst_flop_per_s": 1e15, "sustained_flop_per_s": 8e14}
+    found = [case | speed | {"first_losses": [2.5]}, peer, top, {"ended": "cut after 9 s", "log": ""}]
+    found += [{"micro": "copy", "seconds": 1e-3, "predicted_s": 2e-3, "flop": 0, "bytes": 4e9}]
+    stage = {"seconds": 30.0, "compiled": True, "clocks": {}, "findings": found}
+    result = {"machine": machine, "stages": {"bf16": stage, "large": {"findings": [{"failed": "left out"}]}}}
+    complete(result, [case | {"estimate_bytes": 2**35 * 0.9}])
+    assert found[0]["share_of_burst"] == 0.4 and found[0]["device"] == "NVIDIA H200"
+    text = tables(result)
+    speed_row = (
+        "| llama-7b, bf16, alpaca, 512, prefixes | 19,500 | 19,000 | 23,500 | 400 | 50% | 32.0 | 0.0 | -10% |  |"
+    )
+    assert speed_row in text and "| base products | 38.00 | 37 | 36.7 |" in text
+    assert "| optimizer, host | 1.00 | 0.7 | 0.2 |" in text and "| copy | 1,000 | 2,000 |  | 4,000 |" in text
+    assert "litgpt, micro-batch 4" in text and "bf16:  cut after 9 s" in text and "large:  left out" in text
+    assert "graphs" not in tables({"machine": machine, "stages": {}})
