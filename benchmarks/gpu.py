@@ -151,12 +151,11 @@ class Call:
             environment["CUDA_VISIBLE_DEVICES"], environment["OMP_NUM_THREADS"] = "", "2"
         a = self.args
         command = [sys.executable, HERE / "gpu_stages.py", name, "--out", a.out, "--work", self.work, "--lines",
-                   self.lines, "--device", a.device, "--shape", a.shape, "--large_shape", a.large_shape, "--call",
-                   a.call,
+                   self.lines, "--device", a.device, "--shape", a.shape, "--large_shape", a.large_shape,
                    "--memory_mib", self.result["machine"]["memory_mib"]]  # fmt: skip
         command += ["--cache", a.cache] if a.cache else []
         command += ["--compile"] if a.compile and "--no-compile" not in flags else []
-        command += ["--imports", *STAGES[name].imports.split()] if name in STAGES else []
+        command += ["--imports", *STAGES[name].imports.split()] if name in STAGES else ["--of", *a.stages]
         with (self.work / f"{name}.log").open("a") as log:
             return subprocess.Popen([*map(str, command)], env=environment, cwd=self.work, stdin=subprocess.PIPE,
                                     stdout=log, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip

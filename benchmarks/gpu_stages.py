@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from xml.etree import ElementTree
 from zipfile import ZIP_DEFLATED, ZipFile
 
@@ -26,7 +26,7 @@ from shapes import SHAPES, Shape, mean_context
 
 ROOT = Path(__file__).parent.parent
 Emit = Callable[..., None]
-OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+Result = TypeVar("Result")
 CACHE_BYTES = 15 * 2**20  # most of cache.zip
 EPOCH_STEPS = {"cuda": 40, "cpu": 3}
 CEILING_S = {"cuda": 2.0, "cpu": 0.1}
@@ -136,11 +136,9 @@ def train(args: argparse.Namespace, emit: Emit) -> None:
         case = waiting.pop(0)
         run_args, examples, facts = run_of(stage, case, args)
         data = data_of(case.data, args.device)
-        try:
-            found = one_case(args, side, run_args, data, emit if fresh else None)
-        except OUT_OF_MEMORY as error:
-            emit(**facts, failed=f"out of memory at rows of {case.micro_batch_tokens:,}: {error}"[:300])
-            free(args.device)
+        found, why = within_memory(one_case, args, side, run_args, data, emit if fresh else None)
+        if found is None:
+            emit(**facts, failed=why)
             half = case.micro_batch_tokens // 2
             if half >= max(len(example.ids) for example in examples):
                 waiting.insert(0, case._replace(micro_batch_tokens=half))
@@ -156,6 +154,7 @@ def train(args: argparse.Namespace, emit: Emit) -> None:
     if stage.final:
         from ceilings import mixed_ceiling
 
+        free(args.device)
         kind = stage.quantize or "bf16"
         found = mixed_ceiling(shape.linears(), args.device, CEILING_S[args.device], kind)
         emit(ceiling=kind, layers="separate", **found)
@@ -234,15 +233,13 @@ def epoch(args: argparse.Namespace, emit: Emit, side, shape: Shape) -> None:
 
 
 def estimates(args: argparse.Namespace, emit: Emit) -> None:
-    """What --estimate would say of each case of the call; needs no device."""
+    """What --estimate would say of each case of the stages ``--of``; needs no device."""
     from engine import model_config
-    from gpu import STAGES
 
     from lit_sft.fitting import Plan
     from lit_sft.shards import Shards
 
-    named = [cases_of(name, args) for name, stage in STAGES.items() if stage.call == args.call]
-    for stage in filter(None, named):
+    for stage in filter(None, [cases_of(name, args) for name in args.of]):
         for case in stage.cases:
             run_args, _, facts = run_of(stage, case, args)
             train = Shards(run_args.data_dir, "train")
@@ -296,11 +293,11 @@ def trainer(args: argparse.Namespace, emit: Emit) -> None:
     def run(size: int, grouped: bool, n_steps: int, tool: str = "transformers + peft") -> None:
         facts = {"tool": tool, "shape": args.shape, "micro_batch": size, "grouped": grouped}
         free(args.device)
-        try:
-            timed, losses = side.run(examples[: batch * n_steps], size, grouped, batch)
-        except OUT_OF_MEMORY as error:
-            emit(**facts, failed=f"out of memory: {error}"[:300])
+        result, why = within_memory(side.run, examples[: batch * n_steps], size, grouped, batch)
+        if result is None:
+            emit(**facts, failed=why)
             return
+        timed, losses = result
         found = rates(timed, examples, SHAPES[args.shape]) | memory(args.device) | {"steps": timed}
         emit(**facts, **found, **({} if grouped else {"first_losses": losses}))
 
@@ -331,16 +328,27 @@ def litgpt(args: argparse.Namespace, emit: Emit) -> None:
         first, others = (steps[0], steps[1:3]) if size == 8 else (steps[0][:size], steps[1:2])
         facts = {"tool": "litgpt", "shape": args.shape, "micro_batch": size}
         free(args.device)
-        try:
-            start, *timed = [side.step(step, size) for step in (first, *others)]
-        except OUT_OF_MEMORY as error:
-            emit(**facts, failed=f"out of memory: {error}"[:300])
+        result, why = within_memory(side.run, [first, *others], size)
+        if result is None:
+            emit(**facts, failed=why)
             continue
+        start, *timed = result
         found = rates(timed, examples, SHAPES[args.shape]) | memory(args.device) | {"steps": timed}
         emit(**facts, **found, **({"first_losses": [start["loss"]]} if size == 8 else {}))
 
 
 # --- what they share ---
+
+
+def within_memory(work: Callable[..., Result], *inputs: object) -> tuple[Result | None, str]:
+    """What ``work`` of ``inputs`` gives; or None, and what was said, where the memory ended."""
+    try:
+        return work(*inputs), ""
+    except Exception as error:  # it ends within the compiler too, which has errors of its own
+        if not isinstance(error, MemoryError) and "out of memory" not in str(error):
+            raise
+        said = f"out of memory: {error}"[:300]
+    return None, said
 
 
 def to_now(args: argparse.Namespace) -> float:
@@ -437,7 +445,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--large_shape", choices=SHAPES)
     parser.add_argument("--memory_mib", type=int)
-    parser.add_argument("--call")
+    parser.add_argument("--of", nargs="*")
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--imports", nargs="*", default=[])
