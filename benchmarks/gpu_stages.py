@@ -8,6 +8,7 @@ import argparse
 import gc
 import importlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def examples_of(name: str, shape: Shape, device: str) -> list[Example]:
         return alpaca_like(n, shape.vocab_size, longest=longest)
     if name == "even":
         return uniform(n, longest or 512, shape.vocab_size)
-    return [Example(ids[:longest], min(n_prompt, 64)) for ids, n_prompt in lima_like(shape.vocab_size)[:n]]
+    return [Example(ids[:longest], n_prompt) for ids, n_prompt in lima_like(shape.vocab_size)[:n]]
 
 
 def run_of(stage: Cases, case: Case, args: argparse.Namespace) -> tuple[object, list[Example], dict]:
@@ -148,16 +149,17 @@ def train(args: argparse.Namespace, emit: Emit) -> None:
             found |= by_category(args, side, run_args, examples, data, shape)
         emit(**facts, **found, compiled=args.compile, **(started if fresh else {}))
         fresh = False
-    if stage.final and stage.quantize is None:
-        epoch(args, emit, side, shape)
     save_cache(args, emit)
-    if stage.final:
-        from ceilings import mixed_ceiling
+    if not stage.final:
+        return
+    from ceilings import mixed_ceiling
 
-        free(args.device)
-        kind = stage.quantize or "bf16"
-        found = mixed_ceiling(shape.linears(), args.device, CEILING_S[args.device], kind)
-        emit(ceiling=kind, layers="separate", **found)
+    free(args.device)
+    kind = stage.quantize or "bf16"
+    found = mixed_ceiling(shape.linears(), args.device, CEILING_S[args.device], kind)
+    emit(ceiling=kind, layers="separate", **found)
+    if stage.quantize is None:
+        epoch(args, emit, side, shape, case.micro_batch_tokens)  # the longest, so last
 
 
 def steps_of(run_args: object):
@@ -210,23 +212,22 @@ def by_category(
     }
 
 
-def epoch(args: argparse.Namespace, emit: Emit, side, shape: Shape) -> None:
+def epoch(args: argparse.Namespace, emit: Emit, side, shape: Shape, row_tokens: int) -> None:
     """The first steps of an epoch of 51,759 examples with shared prefixes, and from them the whole."""
     from engine import lora_args, write_data
 
     n_steps, batch = EPOCH_STEPS[args.device], data_of("alpaca", args.device).batch
     examples = alpaca_like(n_steps * batch, shape.vocab_size, seed=1, longest=LONGEST[args.device])
     folder = write_data(args.work / args.stage / "epoch", examples)
-    case = cases_of(args.stage, args).cases[-1]
     run_args = lora_args(folder, precision="bf16-true", device=args.device, global_batch_size=batch,
-                         micro_batch_tokens=case.micro_batch_tokens, share_prefix=True)  # fmt: skip
+                         micro_batch_tokens=row_tokens, share_prefix=True)  # fmt: skip
     free(args.device)
     steps, compiled = steps_of(run_args), compilations()
     began = time.perf_counter()
     records = side.run(steps, run_args, 1, n_steps)
     synchronize(args.device)
     seconds = time.perf_counter() - began
-    emit(shape=args.shape, quantize=None, data="epoch", share_prefix=True, micro_batch_tokens=case.micro_batch_tokens,
+    emit(shape=args.shape, quantize=None, data="epoch", share_prefix=True, micro_batch_tokens=row_tokens,
          activation_checkpointing="none", compiled=args.compile, seconds=seconds, examples=len(examples),
          epoch_s=seconds / len(examples) * N_ALPACA, recompilations=compilations() - compiled,
          **rates(records, examples, shape), **memory(args.device), steps=records)  # fmt: skip
@@ -239,6 +240,7 @@ def estimates(args: argparse.Namespace, emit: Emit) -> None:
     from lit_sft.fitting import Plan
     from lit_sft.shards import Shards
 
+    os.nice(10)  # the stages are being measured
     for stage in filter(None, [cases_of(name, args) for name in args.of]):
         for case in stage.cases:
             run_args, _, facts = run_of(stage, case, args)

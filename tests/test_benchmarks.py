@@ -261,6 +261,24 @@ def test_a_stage_is_tried_again_without_compiling(tmp_path: Path, monkeypatch: p
     assert tried == [(), ("--no-compile",)] and not stage["compiled"]
 
 
+def test_memory_that_ends_is_a_finding() -> None:
+    from gpu_stages import within_memory
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    assert within_memory(divmod, 7, 2) == ((3, 1), "")
+    for error in (
+        MemoryError("step 1"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("a, out of memory"),
+    ):
+        result, why = within_memory(fail, error)
+        assert result is None and why == f"out of memory: {error}"
+    with pytest.raises(RuntimeError, match="else"):
+        within_memory(fail, RuntimeError("else"))
+
+
 def test_clocks_are_those_of_a_busy_card(tmp_path: Path) -> None:
     from clocks import Clocks
 
