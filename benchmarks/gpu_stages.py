@@ -8,6 +8,7 @@ import argparse
 import gc
 import importlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from xml.etree import ElementTree
 from zipfile import ZIP_DEFLATED, ZipFile
 
@@ -26,7 +27,7 @@ from shapes import SHAPES, Shape, mean_context
 
 ROOT = Path(__file__).parent.parent
 Emit = Callable[..., None]
-OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+Result = TypeVar("Result")
 CACHE_BYTES = 15 * 2**20  # most of cache.zip
 EPOCH_STEPS = {"cuda": 40, "cpu": 3}
 CEILING_S = {"cuda": 2.0, "cpu": 0.1}
@@ -101,7 +102,7 @@ def examples_of(name: str, shape: Shape, device: str) -> list[Example]:
         return alpaca_like(n, shape.vocab_size, longest=longest)
     if name == "even":
         return uniform(n, longest or 512, shape.vocab_size)
-    return [Example(ids[:longest], min(n_prompt, 64)) for ids, n_prompt in lima_like(shape.vocab_size)[:n]]
+    return [Example(ids[:longest], n_prompt) for ids, n_prompt in lima_like(shape.vocab_size)[:n]]
 
 
 def run_of(stage: Cases, case: Case, args: argparse.Namespace) -> tuple[object, list[Example], dict]:
@@ -136,11 +137,9 @@ def train(args: argparse.Namespace, emit: Emit) -> None:
         case = waiting.pop(0)
         run_args, examples, facts = run_of(stage, case, args)
         data = data_of(case.data, args.device)
-        try:
-            found = one_case(args, side, run_args, data, emit if fresh else None)
-        except OUT_OF_MEMORY as error:
-            emit(**facts, failed=f"out of memory at rows of {case.micro_batch_tokens:,}: {error}"[:300])
-            free(args.device)
+        found, why = within_memory(one_case, args, side, run_args, data, emit if fresh else None)
+        if found is None:
+            emit(**facts, failed=why)
             half = case.micro_batch_tokens // 2
             if half >= max(len(example.ids) for example in examples):
                 waiting.insert(0, case._replace(micro_batch_tokens=half))
@@ -150,15 +149,17 @@ def train(args: argparse.Namespace, emit: Emit) -> None:
             found |= by_category(args, side, run_args, examples, data, shape)
         emit(**facts, **found, compiled=args.compile, **(started if fresh else {}))
         fresh = False
-    if stage.final and stage.quantize is None:
-        epoch(args, emit, side, shape)
     save_cache(args, emit)
-    if stage.final:
-        from ceilings import mixed_ceiling
+    if not stage.final:
+        return
+    from ceilings import mixed_ceiling
 
-        kind = stage.quantize or "bf16"
-        found = mixed_ceiling(shape.linears(), args.device, CEILING_S[args.device], kind)
-        emit(ceiling=kind, layers="separate", **found)
+    free(args.device)
+    kind = stage.quantize or "bf16"
+    found = mixed_ceiling(shape.linears(), args.device, CEILING_S[args.device], kind)
+    emit(ceiling=kind, layers="separate", **found)
+    if stage.quantize is None:
+        epoch(args, emit, side, shape, case.micro_batch_tokens)  # the longest, so last
 
 
 def steps_of(run_args: object):
@@ -211,38 +212,36 @@ def by_category(
     }
 
 
-def epoch(args: argparse.Namespace, emit: Emit, side, shape: Shape) -> None:
+def epoch(args: argparse.Namespace, emit: Emit, side, shape: Shape, row_tokens: int) -> None:
     """The first steps of an epoch of 51,759 examples with shared prefixes, and from them the whole."""
     from engine import lora_args, write_data
 
     n_steps, batch = EPOCH_STEPS[args.device], data_of("alpaca", args.device).batch
     examples = alpaca_like(n_steps * batch, shape.vocab_size, seed=1, longest=LONGEST[args.device])
     folder = write_data(args.work / args.stage / "epoch", examples)
-    case = cases_of(args.stage, args).cases[-1]
     run_args = lora_args(folder, precision="bf16-true", device=args.device, global_batch_size=batch,
-                         micro_batch_tokens=case.micro_batch_tokens, share_prefix=True)  # fmt: skip
+                         micro_batch_tokens=row_tokens, share_prefix=True)  # fmt: skip
     free(args.device)
     steps, compiled = steps_of(run_args), compilations()
     began = time.perf_counter()
     records = side.run(steps, run_args, 1, n_steps)
     synchronize(args.device)
     seconds = time.perf_counter() - began
-    emit(shape=args.shape, quantize=None, data="epoch", share_prefix=True, micro_batch_tokens=case.micro_batch_tokens,
+    emit(shape=args.shape, quantize=None, data="epoch", share_prefix=True, micro_batch_tokens=row_tokens,
          activation_checkpointing="none", compiled=args.compile, seconds=seconds, examples=len(examples),
          epoch_s=seconds / len(examples) * N_ALPACA, recompilations=compilations() - compiled,
          **rates(records, examples, shape), **memory(args.device), steps=records)  # fmt: skip
 
 
 def estimates(args: argparse.Namespace, emit: Emit) -> None:
-    """What --estimate would say of each case of the call; needs no device."""
+    """What --estimate would say of each case of the stages ``--of``; needs no device."""
     from engine import model_config
-    from gpu import STAGES
 
     from lit_sft.fitting import Plan
     from lit_sft.shards import Shards
 
-    named = [cases_of(name, args) for name, stage in STAGES.items() if stage.call == args.call]
-    for stage in filter(None, named):
+    os.nice(10)  # the stages are being measured
+    for stage in filter(None, [cases_of(name, args) for name in args.of]):
         for case in stage.cases:
             run_args, _, facts = run_of(stage, case, args)
             train = Shards(run_args.data_dir, "train")
@@ -296,11 +295,11 @@ def trainer(args: argparse.Namespace, emit: Emit) -> None:
     def run(size: int, grouped: bool, n_steps: int, tool: str = "transformers + peft") -> None:
         facts = {"tool": tool, "shape": args.shape, "micro_batch": size, "grouped": grouped}
         free(args.device)
-        try:
-            timed, losses = side.run(examples[: batch * n_steps], size, grouped, batch)
-        except OUT_OF_MEMORY as error:
-            emit(**facts, failed=f"out of memory: {error}"[:300])
+        result, why = within_memory(side.run, examples[: batch * n_steps], size, grouped, batch)
+        if result is None:
+            emit(**facts, failed=why)
             return
+        timed, losses = result
         found = rates(timed, examples, SHAPES[args.shape]) | memory(args.device) | {"steps": timed}
         emit(**facts, **found, **({} if grouped else {"first_losses": losses}))
 
@@ -331,16 +330,27 @@ def litgpt(args: argparse.Namespace, emit: Emit) -> None:
         first, others = (steps[0], steps[1:3]) if size == 8 else (steps[0][:size], steps[1:2])
         facts = {"tool": "litgpt", "shape": args.shape, "micro_batch": size}
         free(args.device)
-        try:
-            start, *timed = [side.step(step, size) for step in (first, *others)]
-        except OUT_OF_MEMORY as error:
-            emit(**facts, failed=f"out of memory: {error}"[:300])
+        result, why = within_memory(side.run, [first, *others], size)
+        if result is None:
+            emit(**facts, failed=why)
             continue
+        start, *timed = result
         found = rates(timed, examples, SHAPES[args.shape]) | memory(args.device) | {"steps": timed}
         emit(**facts, **found, **({"first_losses": [start["loss"]]} if size == 8 else {}))
 
 
 # --- what they share ---
+
+
+def within_memory(work: Callable[..., Result], *inputs: object) -> tuple[Result | None, str]:
+    """What ``work`` of ``inputs`` gives; or None, and what was said, where the memory ended."""
+    try:
+        return work(*inputs), ""
+    except Exception as error:  # it ends within the compiler too, which has errors of its own
+        if not isinstance(error, MemoryError) and "out of memory" not in str(error):
+            raise
+        said = f"out of memory: {error}"[:300]
+    return None, said
 
 
 def to_now(args: argparse.Namespace) -> float:
@@ -437,7 +447,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--large_shape", choices=SHAPES)
     parser.add_argument("--memory_mib", type=int)
-    parser.add_argument("--call")
+    parser.add_argument("--of", nargs="*")
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--imports", nargs="*", default=[])

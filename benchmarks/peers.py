@@ -144,9 +144,9 @@ class Litgpt:
         self.model.max_seq_length = longest
         self.optimizer = litgpt_optimizer(self.model)
 
-    def step(self, examples: Examples, micro_batch: int) -> dict:
-        """One step over ``examples``; gives its record."""
-        return litgpt_step(self.model, self.optimizer, examples, micro_batch)
+    def run(self, steps: list[Examples], micro_batch: int) -> list[dict]:
+        """One step over each of these examples; gives their records."""
+        return [litgpt_step(self.model, self.optimizer, examples, micro_batch) for examples in steps]
 
 
 # --- TRL on a CPU ---

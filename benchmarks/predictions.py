@@ -12,35 +12,37 @@ COPY_BYTES_PER_S = {"H200": 4.3e12, "H100": 3.0e12}
 
 
 class Predicted(NamedTuple):
-    """One figure on each card; None: nobody said."""
+    """One figure on each card, of the engine as it was and once what was planned is done."""
 
-    h200: float | None
-    h100: float | None
-    after: float | None
-    """On an H200, once what was planned is done."""
+    h200: float
+    h200_after: float
+    h100: float
+    h100_after: float
+    """Scaled from the H200's as the other two are, or as their sums where nobody said."""
 
 
 MICROSECONDS = {
-    "base products": Predicted(37.0, 37.0, 36.7),
-    "head and loss": Predicted(0.85, 0.95, 0.85),
-    "elementwise": Predicted(4.8, 6.7, 4.0),
-    "layout copies": Predicted(0.6, 0.8, 0.0),
-    "LoRA forward": Predicted(3.7, 5.2, 1.9),
-    "LoRA backward": Predicted(4.3, 6.0, 2.8),
-    "casts": Predicted(0.35, 0.35, 0.0),
-    "attention": Predicted(3.5, 3.8, 3.5),
-    "optimizer, host": Predicted(0.7, 0.75, 0.2),
-    "prefix gather": Predicted(2.7, None, 0.5),  # of a row with shared prefixes: 5 to 6 % of its time
-    "sum": Predicted(55.8, 61.5, 50.0),
+    "base products": Predicted(37.0, 36.7, 37.0, 36.7),
+    "head and loss": Predicted(0.85, 0.85, 0.95, 0.95),
+    "elementwise": Predicted(4.8, 4.0, 6.7, 5.6),
+    "layout copies": Predicted(0.6, 0.0, 0.8, 0.0),
+    "LoRA forward": Predicted(3.7, 1.9, 5.2, 2.7),
+    "LoRA backward": Predicted(4.3, 2.8, 6.0, 3.9),
+    "casts": Predicted(0.35, 0.0, 0.35, 0.0),
+    "attention": Predicted(3.5, 3.5, 3.8, 3.8),
+    "optimizer, host": Predicted(0.7, 0.2, 0.75, 0.2),
+    "prefix gather": Predicted(2.7, 0.5, 3.8, 0.7),  # of a row with shared prefixes: 5 to 6 % of its time
+    "sum": Predicted(55.8, 50.0, 61.5, 53.9),
 }
 """Of a useful token, in bf16 without shared prefixes where nothing else is said."""
+
 BF16_ONLY = ("base products", "elementwise", "sum")
 
 TOKENS_PER_S = {
-    (None, False): Predicted(18_250, 16_000, 20_500),
-    (None, True): Predicted(19_000, None, 23_500),
-    ("fp8", False): Predicted(22_000, None, 29_000),
-    ("fp8", True): Predicted(23_000, None, 33_000),
+    (None, False): Predicted(18_250, 20_500, 16_000, 18_500),
+    (None, True): Predicted(19_000, 23_500, 17_000, 21_000),
+    ("fp8", False): Predicted(22_000, 29_000, 20_000, 26_000),
+    ("fp8", True): Predicted(23_000, 33_000, 21_000, 30_000),
 }
 """Useful tokens a second of (quantize, share_prefix); the middle of a range where one was given."""
 
@@ -51,13 +53,11 @@ def card_of(device: str) -> str | None:
 
 
 def on_card(predicted: Predicted | None, device: str) -> tuple[float | None, float | None]:
-    """What was predicted now and after for ``device``; an H100's speed after is not known."""
+    """What was predicted for ``device``, as it was and after; None where there is no prediction."""
     card = card_of(device)
     if predicted is None or card is None:
         return None, None
-    if card == "H100":
-        return predicted.h100, None
-    return predicted.h200, predicted.after
+    return predicted[:2] if card == "H200" else predicted[2:]
 
 
 def floor_seconds(flop: float, n_bytes: float, device: str, fp8: bool = False) -> float | None:

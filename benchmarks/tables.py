@@ -215,7 +215,8 @@ def remarks(stages: dict) -> list[str]:
             if "note" in f:
                 said.append(f"{name}: {f['note']} {', '.join(map(rounded, f.get('differences', [])))}")
             if why:
-                said.append(f"{name}: {what} {why.strip().splitlines()[0][:160]}")
+                last = f.get("log", "").strip().splitlines()[-1:]
+                said.append(" ".join([f"{name}:", what, *why.splitlines()[:1], *last])[:200])
     return said
 
 

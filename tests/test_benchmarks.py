@@ -261,6 +261,24 @@ def test_a_stage_is_tried_again_without_compiling(tmp_path: Path, monkeypatch: p
     assert tried == [(), ("--no-compile",)] and not stage["compiled"]
 
 
+def test_memory_that_ends_is_a_finding() -> None:
+    from gpu_stages import within_memory
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    assert within_memory(divmod, 7, 2) == ((3, 1), "")
+    for error in (
+        MemoryError("step 1"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("a, out of memory"),
+    ):
+        result, why = within_memory(fail, error)
+        assert result is None and why == f"out of memory: {error}"
+    with pytest.raises(RuntimeError, match="else"):
+        within_memory(fail, RuntimeError("else"))
+
+
 def test_clocks_are_those_of_a_busy_card(tmp_path: Path) -> None:
     from clocks import Clocks
 
@@ -286,7 +304,7 @@ def test_tables_of_whatever_is_there() -> None:
              "compiled": True, "microseconds": {"base products": 38.0, "optimizer": 0.5, "gaps": 0.5}}  # fmt: skip
     peer = {"tool": "litgpt", "micro_batch": 4, "tokens_per_s": 5000.0, "flop_per_s": 1e14, "peak_bytes": 2**34}
     top = {"ceiling": "bf16", "layers": "separate", "burst_flop_per_s": 1e15, "sustained_flop_per_s": 8e14}
-    found = [case | speed | {"first_losses": [2.5]}, peer, top, {"ended": "cut after 9 s", "log": ""}]
+    found = [case | speed | {"first_losses": [2.5]}, peer, top, {"ended": "cut after 9 s", "log": "no\nwhy\n"}]
     found += [{"micro": "copy", "seconds": 1e-3, "predicted_s": 2e-3, "flop": 0, "bytes": 4e9}]
     stage = {"seconds": 30.0, "compiled": True, "clocks": {}, "findings": found}
     result = {"machine": machine, "stages": {"bf16": stage, "large": {"findings": [{"failed": "left out"}]}}}
@@ -298,5 +316,5 @@ def test_tables_of_whatever_is_there() -> None:
     )
     assert speed_row in text and "| base products | 38.00 | 37 | 36.7 |" in text
     assert "| optimizer, host | 1.00 | 0.7 | 0.2 |" in text and "| copy | 1,000 | 2,000 |  | 4,000 |" in text
-    assert "litgpt, micro-batch 4" in text and "bf16:  cut after 9 s" in text and "large:  left out" in text
+    assert "litgpt, micro-batch 4" in text and "bf16:  cut after 9 s why" in text and "large:  left out" in text
     assert "graphs" not in tables({"machine": machine, "stages": {}})
