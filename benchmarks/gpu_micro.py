@@ -12,6 +12,7 @@ from shapes import ALPHA, RANK, SHAPES, Shape
 from torch import Tensor
 
 SETS = 3  # of inputs, in turn: together they are far larger than any cache
+WIDER = 64  # columns beside x and W that hold a joined adapter's
 SUSTAINED_S = {"cuda": 3.0, "cpu": 0.1}
 ROW_TOKENS = {"cuda": 16_384, "cpu": 512}
 Emit = Callable[..., None]
@@ -172,6 +173,12 @@ def additions(bench: Bench) -> None:
             beyond = floor_seconds(0, passes[name] * 2 * T * o, bench.name)
             predicted = base + beyond if base else None
             bench.time(f"{d} × {o} + adapter: {name}", make, 2 * T * d * o, predicted=predicted)
+
+        def make_wider(o: int = o) -> Work:
+            x, weight = bench.rand(T, d + WIDER), bench.rand(o, d + WIDER).T
+            return lambda: x @ weight
+
+        bench.time(f"{d} × {o} + adapter: [x, low] [W, B]ᵀ", make_wider, 2 * T * d * o, predicted=base)
 
 
 class Packed:

@@ -219,7 +219,8 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, spans: Spans, sc
     """
     from torch.nn.attention.varlen import varlen_attn  # whose import takes a second
 
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
+    # squeezed, not indexed: an index has a copy for its gradient
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, H, D)
     if spans.keys is not None:
         key, value = (gather_rows(x, *spans.keys) for x in (key, value))
     left = -1 if scoring.window is None else scoring.window - 1
@@ -227,7 +228,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, spans: Spans, sc
     # torch 2.11 takes fewer key heads without being told
     told = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     mixed = varlen_attn(query, key, value, *ends, scale=scoring.scale, window_size=(left, 0), **told)
-    return mixed.transpose(0, 1)[None]
+    return mixed.transpose(0, 1).unsqueeze(0)
 
 
 @torch.library.custom_op("lit_sft::gather_rows", mutates_args=())

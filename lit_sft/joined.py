@@ -7,6 +7,8 @@ A (R, K), their adapters' A likewise, and B (N, R), each adapter's B in its own 
 
 where A is scaled by alpha / r. One forward and one backward operation, written by hand, add the two products in place:
 apart, the compiler copies y for it, and x is read once for each layer. Frozen weights get no gradient.
+
+Behind the products of queries, keys and values, and of a gated unit, come the kernels of ``kernels``.
 """
 
 from collections.abc import Callable
@@ -16,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_sft.kernels import gated, gated_backward, split_heads
 from lit_sft.lora import LoRALinear
-from lit_sft.model import GPT, MLP
+from lit_sft.model import GPT, MLP, CausalSelfAttention, Rotation
 from lit_sft.quantize import FP8Linear, NF4Linear, fp8_gradient, fp8_product, to_fp8, widen_nf4
 
 MOST_RANKS = 256  # of joined adapters: B's zeros are multiplied too, for nothing below the tensor cores' tiles
@@ -39,11 +42,27 @@ class Joined:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """(…, K) → each layer's (…, out)."""
-        flat = x.reshape(-1, x.shape[-1])
-        y = self.product(flat, self.frozen, self.sizes, *self._adapter(x.dtype)).view(*x.shape[:-1], -1)
-        parts = y.split(self.sizes, dim=-1)
+        return self.whole(x).split(self.sizes, dim=-1)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """(…, K) → (…, N), what all layers give, side by side."""
+        y = self.product(x.reshape(-1, x.shape[-1]), None, "", self.frozen, self.sizes, *self._adapter(x.dtype))
+        return self._with_bias(y).view(*x.shape[:-1], -1)
+
+    def gated(self, gate_up: Tensor, activation: str) -> Tensor:
+        """Of activation(gate) · up, of gate_up (…, 2 · K): (…, N). Backward it is made again rather than kept."""
+        flat = gate_up.reshape(-1, gate_up.shape[-1])
+        with torch.no_grad():
+            x = gated(flat, activation)
+        y = self.product(x, flat, activation, self.frozen, self.sizes, *self._adapter(x.dtype))
+        return self._with_bias(y).view(*gate_up.shape[:-1], -1)
+
+    def _with_bias(self, y: Tensor) -> Tensor:
         biases = [base.bias for base in self.bases]
-        return tuple(p if bias is None else p + bias.to(p.dtype) for p, bias in zip(parts, biases, strict=True))
+        if all(bias is None for bias in biases):
+            return y
+        parts = zip(biases, self.sizes, strict=True)
+        return y + torch.cat([y.new_zeros(n) if bias is None else bias.to(y.dtype) for bias, n in parts])
 
     def _adapter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (R, K), scaled, and B (N, R), zero where a layer meets another's adapter, in the products' dtype."""
@@ -61,21 +80,61 @@ class Joined:
         return A.to(dtype), torch.cat(rows).to(dtype)
 
 
+class JoinedHeads:
+    """Queries, keys and values of an attention layer from one product."""
+
+    def __init__(self, attn: CausalSelfAttention, product: Joined) -> None:
+        self.attn, self.product = attn, product
+        self.n_head, self.n_groups = (size // attn.head_size for size in product.sizes[:2])
+        self.plain = attn.has_rope and all(isinstance(n, nn.Identity) for n in (attn.query_norm, attn.key_norm))
+
+    def __call__(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``CausalSelfAttention.heads``."""
+        cos, sin = rotation
+        if self.plain and x.shape[0] == 1 and 2 * cos.shape[-1] == self.attn.head_size:
+            heads = split_heads(self.product.whole(x).squeeze(0), cos, sin, self.n_head, self.n_groups)
+            return tuple(part.unsqueeze(0) for part in heads)
+        query, key, value = self.product(x)
+        # kept for backward as a part of all three, the values would keep the memory of them
+        return self.attn.turned(query, key, value.contiguous(), rotation)
+
+
+class JoinedMLP:
+    """A gated MLP: gate and up as one product, then down."""
+
+    def __init__(self, mlp: MLP, gate_up: Joined, down: Joined) -> None:
+        self.gate_up, self.down, self.activation = gate_up, down, mlp.activation_name
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(…, C) → (…, C)."""
+        return self.down.gated(self.gate_up.whole(x), self.activation)
+
+
 def join_products(model: GPT) -> None:
     """Let the adapted linear layers of each block compute as ``Joined``, in place; what ``model`` computes stays."""
     for block in model.blocks:
         attn = block.attn
-        attn.joined = _join([attn.query, attn.key, attn.value])
-        alone = [attn.query, attn.key, attn.value] if attn.joined is None else []
-        alone.append(attn.projection)
+        if product := _join([attn.query, attn.key, attn.value]):
+            attn.joined = JoinedHeads(attn, product)
+        else:
+            _join_each(attn.query, attn.key, attn.value)
+        _join_each(attn.projection)
         if isinstance(block.mlp, MLP):
-            mlp = block.mlp
-            mlp.joined = _join([mlp.gate, mlp.up]) if mlp.gate is not None else None
-            alone.append(mlp.down)
-            alone += [mlp.gate, mlp.up] if mlp.joined is None else []
-        for layer in alone:
-            if isinstance(layer, LoRALinear):
-                layer.joined = _join([layer])
+            _join_mlp(block.mlp)
+
+
+def _join_mlp(mlp: MLP) -> None:
+    gate_up = _join([mlp.gate, mlp.up]) if mlp.gate is not None else None
+    if gate_up is not None and (down := _join([mlp.down])):
+        mlp.joined = JoinedMLP(mlp, gate_up, down)
+    else:
+        _join_each(*(layer for layer in (mlp.gate, mlp.up, mlp.down) if layer is not None))
+
+
+def _join_each(*layers: nn.Module) -> None:
+    for layer in layers:
+        if isinstance(layer, LoRALinear):
+            layer.joined = _join([layer])
 
 
 def _join(layers: list[nn.Module]) -> Joined | None:
@@ -88,8 +147,8 @@ def _join(layers: list[nn.Module]) -> Joined | None:
     return Joined(layers)
 
 
-Product = Callable[[Tensor, list[Tensor], list[int], Tensor, Tensor], Tensor]
-"""x (M, K), frozen tensors, rows of each weight, A (R, K), B (N, R) → x Wᵀ + (x Aᵀ) Bᵀ, (M, N)."""
+Product = Callable[[Tensor, Tensor | None, str, list[Tensor], list[int], Tensor, Tensor], Tensor]
+"""x (M, K), what x was gated from and how, frozen tensors, rows of each weight, A (R, K), B (N, R) → (M, N)."""
 
 
 def _joined_product(bases: list[nn.Module], sizes: list[int]) -> tuple[Product, list[Tensor]]:
@@ -110,18 +169,24 @@ def _joined_product(bases: list[nn.Module], sizes: list[int]) -> tuple[Product, 
     return _plain_product, [weight]
 
 
-def _plain_product(x: Tensor, frozen: list[Tensor], _: list[int], A: Tensor, B: Tensor) -> Tensor:
-    return adapted(x, *frozen, A, B)[0]
+def _plain_product(
+    x: Tensor, source: Tensor | None, how: str, frozen: list[Tensor], _: list[int], A: Tensor, B: Tensor
+) -> Tensor:
+    return adapted(x, source, how, *frozen, A, B)[0]
 
 
-def _fp8_product(x: Tensor, frozen: list[Tensor], _: list[int], A: Tensor, B: Tensor) -> Tensor:
+def _fp8_product(
+    x: Tensor, source: Tensor | None, how: str, frozen: list[Tensor], _: list[int], A: Tensor, B: Tensor
+) -> Tensor:
     with torch.no_grad():
         rows, row_scale = to_fp8(x)
-    return adapted_fp8(x, rows, row_scale, *frozen, A, B)[0]
+    return adapted_fp8(x, source, how, rows, row_scale, *frozen, A, B)[0]
 
 
-def _nf4_product(x: Tensor, frozen: list[Tensor], sizes: list[int], A: Tensor, B: Tensor) -> Tensor:
-    return adapted_nf4(x, frozen[: len(sizes)], frozen[len(sizes) :], sizes, A, B)[0]
+def _nf4_product(
+    x: Tensor, source: Tensor | None, how: str, frozen: list[Tensor], sizes: list[int], A: Tensor, B: Tensor
+) -> Tensor:
+    return adapted_nf4(x, source, how, frozen[: len(sizes)], frozen[len(sizes) :], sizes, A, B)[0]
 
 
 def _stack(parts: list[Tensor]) -> Tensor:
@@ -134,8 +199,12 @@ def _stack(parts: list[Tensor]) -> Tensor:
 
 @torch.library.custom_op("lit_sft::sum_of_products", mutates_args=())
 def sum_of_products(x: Tensor, weight: Tensor, low: Tensor, up: Tensor) -> Tensor:
-    """X (M, K) @ weight (K, N) + low (M, R) @ up (R, N), the second added in place."""
-    return (x @ weight).addmm_(low, up)
+    """X (M, K) @ weight (K, N) + low (M, R) @ up (R, N).
+
+    The small product comes first: adding the large one to it in place is hidden behind its arithmetic. On an H100 that
+    takes 7 % less time than the other way round, and 21 % less than out of place (4096 × 4096, 14,000 rows).
+    """
+    return (low @ up).addmm_(x, weight)
 
 
 @sum_of_products.register_fake
@@ -144,26 +213,45 @@ def _(x: Tensor, weight: Tensor, low: Tensor, up: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("lit_sft::adapted", mutates_args=())
-def adapted(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """X Wᵀ + (x Aᵀ) Bᵀ, (M, N), and x Aᵀ, (M, R), which backward needs."""
+def adapted(x: Tensor, source: Tensor | None, how: str, weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """X Wᵀ + (x Aᵀ) Bᵀ, (M, N), and x Aᵀ, (M, R), which backward needs.
+
+    Where x (M, K) is ``gated(source, how)``, source (M, 2 · K) is kept instead and gets the gradient; None: x does.
+    """
     low = x @ A.T
-    return (x @ weight.T).addmm_(low, B.T), low
+    return (low @ B.T).addmm_(x, weight.T), low
 
 
 @adapted.register_fake
-def _(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, source: Tensor | None, how: str, weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], A.shape[0])
 
 
+def _keep_input(ctx: Any, x: Tensor, source: Tensor | None, how: str) -> Tensor:
+    """What backward has the input from."""
+    ctx.how = how
+    return x if source is None else source
+
+
+def _gradients(ctx: Any, kept: Tensor, low: Tensor, grad: Tensor, grad_low: Tensor, grad_x: Tensor) -> tuple:
+    """Of the input, of what it was gated from, of A and of B."""
+    if not ctx.how:
+        return grad_x, None, grad_low.T @ kept, grad.T @ low
+    grad_source, x = gated_backward(kept, grad_x, ctx.how)
+    return None, grad_source, grad_low.T @ x, grad.T @ low
+
+
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, weight, A, B = inputs
-    ctx.save_for_backward(x, output[1], weight, A, B)
+    x, source, how, weight, A, B = inputs
+    ctx.save_for_backward(_keep_input(ctx, x, source, how), output[1], weight, A, B)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, low, weight, A, B = ctx.saved_tensors
+    kept, low, weight, A, B = ctx.saved_tensors
     grad_low = grad @ B
-    return sum_of_products(grad, weight, grad_low, A), None, grad_low.T @ x, grad.T @ low
+    grad_x = sum_of_products(grad, weight, grad_low, A)
+    grad_x, grad_source, grad_A, grad_B = _gradients(ctx, kept, low, grad, grad_low, grad_x)
+    return grad_x, grad_source, None, None, grad_A, grad_B
 
 
 adapted.register_autograd(_backward, setup_context=_keep)
@@ -171,7 +259,15 @@ adapted.register_autograd(_backward, setup_context=_keep)
 
 @torch.library.custom_op("lit_sft::adapted_fp8", mutates_args=())
 def adapted_fp8(
-    x: Tensor, rows: Tensor, row_scale: Tensor, bits: Tensor, scale: Tensor, A: Tensor, B: Tensor
+    x: Tensor,
+    source: Tensor | None,
+    how: str,
+    rows: Tensor,
+    row_scale: Tensor,
+    bits: Tensor,
+    scale: Tensor,
+    A: Tensor,
+    B: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """As ``adapted``, the frozen product in FP8.
 
@@ -183,10 +279,9 @@ def adapted_fp8(
 
 
 @adapted_fp8.register_fake
-def _(
-    x: Tensor, rows: Tensor, row_scale: Tensor, bits: Tensor, scale: Tensor, A: Tensor, B: Tensor
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], bits.shape[0]), x.new_empty(x.shape[0], A.shape[0])
+def _(x: Tensor, *tensors: Any) -> tuple[Tensor, Tensor]:
+    *_, A, B = tensors
+    return x.new_empty(x.shape[0], B.shape[0]), x.new_empty(x.shape[0], A.shape[0])
 
 
 @torch.library.custom_op("lit_sft::sum_of_products_fp8", mutates_args=())
@@ -201,16 +296,17 @@ def _(rows: Tensor, row_scale: Tensor, bits: Tensor, low: Tensor, up: Tensor) ->
 
 
 def _keep_fp8(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, _, _, bits, scale, A, B = inputs
-    ctx.save_for_backward(x, output[1], bits, scale, A, B)
+    x, source, how, _, _, bits, scale, A, B = inputs
+    ctx.save_for_backward(_keep_input(ctx, x, source, how), output[1], bits, scale, A, B)
 
 
 def _backward_fp8(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, low, bits, scale, A, B = ctx.saved_tensors
+    kept, low, bits, scale, A, B = ctx.saved_tensors
     grad_low = grad @ B
     rows, row_scale = to_fp8(grad * scale.to(grad.dtype))
     grad_x = sum_of_products_fp8(rows, row_scale, bits, grad_low, A)
-    return grad_x, None, None, None, None, grad_low.T @ x, grad.T @ low
+    grad_x, grad_source, grad_A, grad_B = _gradients(ctx, kept, low, grad, grad_low, grad_x)
+    return grad_x, grad_source, None, None, None, None, None, grad_A, grad_B
 
 
 adapted_fp8.register_autograd(_backward_fp8, setup_context=_keep_fp8)
@@ -218,18 +314,24 @@ adapted_fp8.register_autograd(_backward_fp8, setup_context=_keep_fp8)
 
 @torch.library.custom_op("lit_sft::adapted_nf4", mutates_args=())
 def adapted_nf4(
-    x: Tensor, packed: list[Tensor], scales: list[Tensor], sizes: list[int], A: Tensor, B: Tensor
+    x: Tensor,
+    source: Tensor | None,
+    how: str,
+    packed: list[Tensor],
+    scales: list[Tensor],
+    sizes: list[int],
+    A: Tensor,
+    B: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """As ``adapted``, the weights widened for it from ``widen_nf4``'s arguments, and not kept."""
     low = x @ A.T
-    return (x @ widen_nf4(packed, scales, sizes, x.dtype).T).addmm_(low, B.T), low
+    return (low @ B.T).addmm_(x, widen_nf4(packed, scales, sizes, x.dtype).T), low
 
 
 @adapted_nf4.register_fake
-def _(
-    x: Tensor, packed: list[Tensor], scales: list[Tensor], sizes: list[int], A: Tensor, B: Tensor
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], sum(sizes)), x.new_empty(x.shape[0], A.shape[0])
+def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, A, B = others
+    return x.new_empty(x.shape[0], B.shape[0]), x.new_empty(x.shape[0], A.shape[0])
 
 
 @torch.library.custom_op("lit_sft::sum_of_products_nf4", mutates_args=())
@@ -237,7 +339,7 @@ def sum_of_products_nf4(
     grad: Tensor, packed: list[Tensor], scales: list[Tensor], sizes: list[int], low: Tensor, up: Tensor
 ) -> Tensor:
     """As ``sum_of_products``, with the weights widened: an operation of its own, so that none keeps them till then."""
-    return (grad @ widen_nf4(packed, scales, sizes, grad.dtype)).addmm_(low, up)
+    return (low @ up).addmm_(grad, widen_nf4(packed, scales, sizes, grad.dtype))
 
 
 @sum_of_products_nf4.register_fake
@@ -246,18 +348,18 @@ def _(grad: Tensor, packed: list[Tensor], scales: list[Tensor], sizes: list[int]
 
 
 def _keep_nf4(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, packed, scales, sizes, A, B = inputs
+    x, source, how, packed, scales, sizes, A, B = inputs
     ctx.sizes = sizes
-    ctx.save_for_backward(x, output[1], A, B, *packed, *scales)
+    ctx.save_for_backward(_keep_input(ctx, x, source, how), output[1], A, B, *packed, *scales)
 
 
 def _backward_nf4(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    x, low, A, B, *frozen = ctx.saved_tensors
+    kept, low, A, B, *frozen = ctx.saved_tensors
     packed, scales = frozen[: len(ctx.sizes)], frozen[len(ctx.sizes) :]
     grad_low = grad @ B
     grad_x = sum_of_products_nf4(grad, packed, scales, ctx.sizes, grad_low, A)
-    none_of_packed, none_of_scales = [None] * len(packed), [None] * len(scales)
-    return grad_x, none_of_packed, none_of_scales, None, grad_low.T @ x, grad.T @ low
+    grad_x, grad_source, grad_A, grad_B = _gradients(ctx, kept, low, grad, grad_low, grad_x)
+    return grad_x, grad_source, None, [None] * len(packed), [None] * len(scales), None, grad_A, grad_B
 
 
 adapted_nf4.register_autograd(_backward_nf4, setup_context=_keep_nf4)

@@ -18,8 +18,6 @@ from lit_sft.recompute import cheaply, recomputing
 from lit_sft.rope import rotate, rotations, turned_anew
 
 Rotation = tuple[Tensor, Tensor]
-Joined = Callable[[Tensor], tuple[Tensor, ...]]
-"""What several linear layers give of one input, in one product."""
 RECOMPILE_LIMIT = 32
 
 
@@ -189,25 +187,16 @@ class CausalSelfAttention(nn.Module):
             softcap=config.attention_softcap,
             alibi=config.alibi,
         )
-        self.joined: Joined | None = None
+        self.joined: Callable[[Tensor, Rotation], tuple[Tensor, Tensor, Tensor]] | None = None
+        """The same as ``heads`` from one product, where ``join_products`` has made one."""
         self.attend_apart = packed_attention
 
     def forward(
         self, x: Tensor, rotation: Rotation, layout: Layout | Spans | None, cache: "LayerCache | None"
     ) -> Tensor:
         """(B, T, C) → (B, T, C)."""
-        if self.joined is None:
-            query, key, value = self.query(x), self.key(x), self.value(x)
-        else:
-            query, key, value = self.joined(x)
-            value = value.contiguous()  # kept for backward it would keep the memory of all three
-        if self.full_norm:
-            query, key = cheaply(self.query_norm, query), cheaply(self.key_norm, key)
-        query, key, value = (y.unflatten(-1, (-1, self.head_size)) for y in (query, key, value))  # (B, T, H, D)
-        if not self.full_norm:
-            query, key = cheaply(self.query_norm, query), cheaply(self.key_norm, key)
-        if self.has_rope:
-            query, key = rotate(query, rotation), rotate(key, rotation)
+        heads = self.heads if self.joined is None else self.joined
+        query, key, value = heads(x, rotation)
         query, key, value = (y.transpose(1, 2) for y in (query, key, value))
         if cache is not None:
             mixed = causal_attention(query, *cache.extend(key, value), self.scoring)
@@ -216,6 +205,21 @@ class CausalSelfAttention(nn.Module):
         else:
             mixed = self.attend_apart(query, key, value, layout, self.scoring)
         return self.projection(mixed.transpose(1, 2).flatten(2))
+
+    def heads(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x (B, T, C), each (B, T, its heads, D), turned to their positions."""
+        return self.turned(self.query(x), self.key(x), self.value(x), rotation)
+
+    def turned(self, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """The same from what the linear layers give, (B, T, their heads · D)."""
+        if self.full_norm:
+            query, key = cheaply(self.query_norm, query), cheaply(self.key_norm, key)
+        query, key, value = (y.unflatten(-1, (-1, self.head_size)) for y in (query, key, value))
+        if not self.full_norm:
+            query, key = cheaply(self.query_norm, query), cheaply(self.key_norm, key)
+        if self.has_rope:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        return query, key, value
 
 
 class MLP(nn.Module):
@@ -229,14 +233,17 @@ class MLP(nn.Module):
         self.activation = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}[
             config.activation
         ]
-        self.joined: Joined | None = None
+        self.activation_name = config.activation
+        self.joined: Callable[[Tensor], Tensor] | None = None
+        """The same in fewer products, where ``join_products`` has made them."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) → (…, C)."""
+        if self.joined is not None:
+            return self.joined(x)
         if self.gate is None:
             return self.down(cheaply(self.activation, self.up(x)))
-        gate, up = self.joined(x) if self.joined else (self.gate(x), self.up(x))
-        return self.down(cheaply(self._gated, gate, up))
+        return self.down(cheaply(self._gated, self.gate(x), self.up(x)))
 
     def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
         return self.activation(gate) * up

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_sft.errors import InputError
+from lit_sft.kernels import transposed
 from lit_sft.model import GPT
 
 NF4, NF4_DOUBLE, FP8 = "nf4", "nf4-dq", "fp8"
@@ -145,7 +146,7 @@ def fp8_gradient(rows: Tensor, row_scale: Tensor, bits: Tensor, dtype: torch.dty
     ``rows`` (M, out), of ``to_fp8``, are the output's gradient times the weights' scales, which are folded into it
     because the sum now runs over the weights' rows.
     """
-    columns = bits.T.contiguous().T  # the second operand's sums must run along memory
+    columns = transposed(bits).T  # the second operand's sums must run along memory
     ones = row_scale.new_ones(1, bits.shape[1])
     return _scaled_mm(rows, columns, row_scale, ones, dtype)
 
