@@ -97,7 +97,28 @@ def profile(step: Callable[[], object], device: str, shape: Shape) -> dict:
     # profiling slows down the host, not the kernels: a GPU's gaps are what the plain step took beyond them
     gaps = (plain if on_gpu else profiled) - sum(seconds.values())
     most = [{"name": name, "seconds": value} for name, value in names.most_common(60)]
+    if on_gpu:
+        most += longest_waits(profiler.events())
     return {"seconds": plain, "profiled_seconds": profiled, "categories": dict(seconds) | {"gaps": gaps}, "most": most}
+
+
+def longest_waits(events: list, n: int = 12) -> list[dict]:
+    """Where the GPU had nothing to do for longest, between which kernels, and when in the step."""
+    on_gpu = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    kernels = sorted(on_gpu, key=lambda event: event.time_range.start)
+    waits, end, before = [], None, ""
+    for event in kernels:
+        start = event.time_range.start
+        if end is not None and start > end:
+            waits.append((start - end, start - kernels[0].time_range.start, before, event.name))
+        if end is None or event.time_range.end > end:
+            end, before = event.time_range.end, event.name
+    total = sum(wait for wait, *_ in waits) / 1e6
+    found = [{"name": f"all {len(waits)} waits of the GPU", "seconds": total}]
+    for wait, at, before, after in sorted(waits, reverse=True)[:n]:
+        name = f"wait at {at / 1e3:.1f} ms between {before[:50]} and {after[:50]}"
+        found.append({"name": name, "seconds": wait / 1e6})
+    return found
 
 
 def works(events: list, on_gpu: bool) -> Iterator[Work]:

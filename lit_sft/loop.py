@@ -148,6 +148,7 @@ def train_step(
     n_too_large = too_large
     if fabric.world_size > 1:
         total, n_too_large = reduce(fabric, "sum", float(loss), too_large)
+        loss = torch.tensor(total, dtype=torch.float32 if fabric.device.type == "mps" else torch.float64)
     if n_too_large:
         optimizer.zero_grad()
         raise MemoryError(
@@ -159,24 +160,24 @@ def train_step(
         precision.scaler.scale(torch.zeros((), device=fabric.device))  # as a backward pass would have begun
     precision.unscale_gradients(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_norm or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    # on a GPU the update is queued before the host waits, and the GPU leaves it out where not all is finite
+    queued = fabric.device.type == "cuda" and not scaler_copes
+    if queued:
+        optimizer.found_inf = 1 - (loss.to(grad_norm).isfinite() & grad_norm.isfinite()).float()
+        precision.optimizer_step(optimizer)
     if meanwhile is not None:
         meanwhile()
     loss, grad_norm = torch.stack([loss, grad_norm.to(loss)]).tolist()  # here the host waits
-    if fabric.world_size > 1:
-        loss = total
     skipped = not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler_copes)
-    if skipped and args.on_nonfinite == "stop":
-        optimizer.zero_grad()
-        if scaler_copes:
-            precision.scaler.update()
-        raise FloatingPointError(f"step {step.number}: loss {loss}, gradient norm {grad_norm}")
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    if not skipped:
+    if not skipped and not queued:
         precision.optimizer_step(optimizer)
     elif scaler_copes:
         precision.scaler.update()  # it counts on one for each unscaling
     optimizer.zero_grad()
+    if skipped and args.on_nonfinite == "stop":
+        raise FloatingPointError(f"step {step.number}: loss {loss}, gradient norm {grad_norm}")
     seconds = time.perf_counter() - started
     n_positions = sum(row.input_ids.numel() for row in step.rows)
     return {

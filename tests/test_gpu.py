@@ -14,9 +14,10 @@ from test_loop import data, lora_args, read_metrics  # noqa: F401 (data is a fix
 from torch import Tensor
 
 from finetune import lora
-from lit_sft import load_model
+from lit_sft import kernels, load_model
 from lit_sft.attention import Layout, Scoring, packed_attention
 from lit_sft.batches import TrainSteps
+from lit_sft.joined import join_products
 from lit_sft.loop import accumulate_gradients, train_step
 from lit_sft.lora import apply_lora, lora_state_dict
 from lit_sft.optim import build_optimizer, master_parameters
@@ -91,7 +92,9 @@ def test_attention_within_examples(
 # --- the model ---
 
 
-def gradients(device: str, data_dir: Path, base: Path, dtype: torch.dtype, **settings: object) -> tuple[float, Tensor]:
+def gradients(
+    device: str, data_dir: Path, base: Path, dtype: torch.dtype, joined: bool = False, **settings: object
+) -> tuple[float, Tensor]:
     """Loss and all adapter gradients of the first step, the adapters' B moved off zero."""
     precision = {torch.float64: "64-true", torch.float32: "32-true", torch.bfloat16: "bf16-true"}[dtype]
     args = lora_args(data_dir, Path("unused"), device=device, precision=precision, **settings)
@@ -103,6 +106,11 @@ def gradients(device: str, data_dir: Path, base: Path, dtype: torch.dtype, **set
         for name, parameter in lora_state_dict(model).items():
             if name.endswith("B"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    if joined:
+        join_products(model)
+        torch._dynamo.reset()
+    if joined and device == "cuda":
+        model.compile_blocks()
     model.train()
     step = TrainSteps(Shards(data_dir, "train"), args, share_prefix=args.share_prefix)[1]
     loss = float(accumulate_gradients(fabric, model, step))
@@ -125,6 +133,21 @@ def test_a_step_in_rows_is_its_examples_in_fp64(
     assert (found - exact).norm() < tolerance[1] * exact.norm()
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_joined_and_compiled_rows_are_their_examples_in_fp64(
+    data: tuple[Path, Path],  # noqa: F811
+    device: str,
+    share: bool,
+) -> None:
+    """On a GPU with the kernels of our own, and compiled."""
+    base, data_dir = data
+    expected, exact = gradients("cpu", data_dir, base, torch.float64, micro_batch_size=1, share_prefix=False)
+    settings = {"micro_batch_tokens": 900, "share_prefix": share}
+    loss, found = gradients(device, data_dir, base, torch.bfloat16, joined=True, **settings)
+    assert loss == pytest.approx(expected, rel=5e-3)
+    assert (found - exact).norm() < 0.06 * exact.norm()
+
+
 @pytest.mark.parametrize("recompute", ["all", "2"])
 def test_recomputed_blocks_have_the_same_gradients(data: tuple[Path, Path], device: str, recompute: str) -> None:  # noqa: F811
     base, data_dir = data
@@ -132,6 +155,47 @@ def test_recomputed_blocks_have_the_same_gradients(data: tuple[Path, Path], devi
     again, found = gradients(device, data_dir, base, torch.float32, activation_checkpointing=recompute)
     assert again == pytest.approx(loss, rel=1e-6)
     assert (found - plain).norm() < 1e-5 * plain.norm()
+
+
+# --- kernels of our own ---
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("width", [96, 1500])
+def test_a_gated_layer_backward(device: str, activation: str, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate_up, grad = (torch.randn(37, n, generator=generator) for n in (2 * width, width))
+    found = kernels.gated_backward(gate_up.to(device, torch.bfloat16), grad.to(device, torch.bfloat16), activation)
+    rounded = (x.bfloat16().double() for x in (gate_up, grad))
+    for mine, exact in zip(found, kernels.gated_backward_plain(*rounded, activation), strict=True):
+        assert (mine.double().cpu() - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize(("n_head", "n_groups", "size"), [(4, 4, 16), (6, 2, 64), (3, 1, 80)])
+def test_the_heads_of_a_layer(device: str, n_head: int, n_groups: int, size: int) -> None:
+    """Forward and backward, against rotations by autograd in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    y, upstream = (torch.randn(29, (n_head + 2 * n_groups) * size, generator=generator).bfloat16() for _ in range(2))
+    angles = torch.rand(29, size // 2, generator=generator, dtype=torch.float64) * 6
+    exact = y.double().requires_grad_()
+    heads = exact.unflatten(1, (-1, size)).split([n_head, n_groups, n_groups], dim=1)
+    expected = [kernels.turned_plain(part, angles.cos(), angles.sin()) for part in heads[:2]] + [heads[2]]
+    grads = upstream.unflatten(1, (-1, size)).split([n_head, n_groups, n_groups], dim=1)
+    torch.autograd.backward(expected, [g.double() for g in grads])
+    here = y.to(device).requires_grad_()
+    rotation = (angles.cos().to(device, torch.float32), angles.sin().to(device, torch.float32))
+    found = kernels.split_heads(here, *rotation, n_head, n_groups)
+    torch.autograd.backward(found, [g.to(device).contiguous() for g in grads])
+    for mine, theirs in zip([*found, here.grad], [*expected, exact.grad], strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine.double().cpu() - theirs).norm() < 0.01 * theirs.norm()
+
+
+@pytest.mark.parametrize("shape", [(96, 256), (70, 130)])
+def test_the_transposed_bits_of_a_layer(device: str, shape: tuple[int, int]) -> None:
+    bits = torch.randint(0, 255, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+    found = kernels.transposed(bits.view(torch.float8_e4m3fn)).view(torch.uint8)
+    assert torch.equal(found, bits.T) and found.is_contiguous()
 
 
 # --- quantized layers ---
@@ -212,10 +276,11 @@ def test_compiled_blocks_are_not_compiled_again(data: tuple[Path, Path], device:
         args = lora_args(data_dir, Path("unused"), device=device, precision="32-true", micro_batch_tokens=700)
         fabric = launch(args)
         model = load_model(base, device=fabric.device)
+        dropout = apply_lora(model, args, args.seed)
         if compiled:
+            join_products(model)
             torch._dynamo.reset()
             model.compile_blocks()
-        dropout = apply_lora(model, args, args.seed)
         optimizer = build_optimizer(model, master_parameters(model), args)
         steps = TrainSteps(Shards(data_dir, "train"), args, share_prefix=True)
         losses[compiled] = []
