@@ -5,6 +5,7 @@ Needs neither datasets nor jsonargparse. ``python benchmarks/engine.py`` with a 
 
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import measure
@@ -17,7 +18,7 @@ from shapes import ALPHA, RANK, SHAPES, Shape
 from lit_sft import checkpoint, optim, runtime
 from lit_sft.args import LoRATrainArgs
 from lit_sft.atomic import Manifest, publish_directory
-from lit_sft.batches import TrainSteps
+from lit_sft.batches import Ahead, TrainSteps
 from lit_sft.config import ModelConfig
 from lit_sft.families import find_family
 from lit_sft.joined import join_products
@@ -105,12 +106,13 @@ class Training:
     def run(self, steps: TrainSteps, args: LoRATrainArgs, first: int, last: int) -> list[dict]:
         """Make steps ``first`` to ``last`` of ``steps``; gives loss, useful tokens, labels and seconds of each."""
         self.configure(args)
-        records = []
+        records, ahead = [], Ahead(steps, self.fabric.device)
         for number in range(first, last + 1):
             began = time.perf_counter()
-            step = steps[number]  # with the making of its rows
+            step = ahead.take(number)  # the next one is made meanwhile, as the loop does
             rows_s = time.perf_counter() - began
-            record = train_step(self.fabric, self.model, self.optimizer, 2e-4, step, args, self.dropout)
+            then = partial(ahead.prepare, number + 1) if number < last else None
+            record = train_step(self.fabric, self.model, self.optimizer, 2e-4, step, args, self.dropout, then)
             records.append({
                 "loss": record["loss"], "tokens": record["n_tokens"], "labels": record["n_labels"],
                 "seconds": time.perf_counter() - began, "rows_s": rows_s, "rows": len(step.rows),

@@ -48,7 +48,9 @@ class Row:
         return len(self.labels) if self.counts is None else int(self.counts.sum())
 
     def to(self, device: torch.device) -> "Row":
-        """The same row with its tensors on ``device``, those of its layout among them."""
+        """The same row with its tensors on ``device``, those of its layout among them; itself where they are."""
+        if self.input_ids.device == device and device.type != "cpu":
+            return self
         own = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
         of_layout = self.layout.tensors()
         moved = upload(own | of_layout, device)
@@ -170,15 +172,21 @@ class TrainSteps:
 
 
 class Ahead:
-    """The steps of a run one after the other, each made while the device computes the one before."""
+    """The steps of a run one after the other, each made and moved while the device computes the one before."""
 
-    def __init__(self, steps: TrainSteps) -> None:
-        self.steps = steps
+    def __init__(self, steps: TrainSteps, device: torch.device) -> None:
+        self.steps, self.device = steps, device
         self.made: Step | None = None
 
     def prepare(self, number: int) -> None:
         """Make step ``number``, if the run has one, for the next ``take``."""
-        self.made = self.steps[number] if number <= self.steps.max_steps else None
+        if number > self.steps.max_steps:
+            self.made = None
+            return
+        step = self.steps[number]
+        if self.device.type != "cpu":  # nothing is to be moved there, and a row's layout is made when it is needed
+            step = replace(step, rows=[row.to(self.device) for row in step.rows])
+        self.made = step
 
     def take(self, number: int) -> Step:
         """Step ``number``, made before or now."""

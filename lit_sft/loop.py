@@ -69,7 +69,7 @@ def fit(
     started = saved = time.perf_counter()
     number = done  # all is done where a kill fell between last save and result
     with StopSignals() as signals:
-        ahead = Ahead(train_steps)
+        ahead = Ahead(train_steps, fabric.device)
         for number in range(done + 1, train_steps.max_steps + 1):
             step, prepare_next = ahead.take(number), partial(ahead.prepare, number + 1)
             try:
@@ -261,7 +261,7 @@ def accumulate_gradients(fabric: Fabric, model: GPT, step: Step, dropout: Exampl
 def summed_loss(fabric: Fabric, model: GPT, row: Row) -> Tensor:
     """Summed loss of one packed row, a scalar; only its labelled positions reach the head."""
     with autocast(fabric):
-        hidden = model.hidden_states(row.input_ids[None], row.layout)[0, row.positions]
+        hidden = model.hidden_states(row.input_ids[None], row.layout).squeeze(0)[row.positions]
         return cross_entropy_sum(hidden, model.lm_head, row.labels, row.counts, model.config.logits_softcap)
 
 
