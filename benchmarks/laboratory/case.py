@@ -78,9 +78,13 @@ def compiled_steps(case, codes: Path) -> dict:
             run.step(number)
         found = {
             "graphs": n_graphs(),
-            "graphs_after_two_rows": n_graphs() - recorder.graphs_before[2],
+            "graphs_after_two_rows": n_graphs() - recorder.rows[2].graphs_before,
         }
-        works = {"forward": recorder.forward[BLOCK], "backward": recorder.backward.get(BLOCK, Work())}
+        # those that are not were too many kinds of rows for Dynamo, which then gives up
+        compiled = [row for row in recorder.rows if row.forward[BLOCK].graphs]
+        found["uncompiled_rows"] = len(recorder.rows) - len(compiled)
+        row = compiled[-1]
+        works = {"forward": row.forward[BLOCK], "backward": row.backward.get(BLOCK, Work())}
         if not case.checkpoint_every:
             found["kept_kb"] = kept_a_token(run, recorder) / 1024
     for direction, work in works.items():

@@ -3,6 +3,7 @@
 COUNTS = (
     "graphs",
     "graphs after two rows",
+    "uncompiled rows",
     "forward kernels",
     "forward copies",
     "backward kernels",
@@ -21,6 +22,7 @@ def figures(found: dict) -> dict[str, float]:
     counts = {
         "graphs": found.get("graphs"),
         "graphs after two rows": found.get("graphs_after_two_rows"),
+        "uncompiled rows": found.get("uncompiled_rows"),
         "KB kept a token": found.get("kept_kb"),
         "waits a step": found.get("waits"),
         "uploads a row": found.get("uploads_a_row"),
@@ -99,6 +101,8 @@ def shown_built(built: dict | None) -> str:
 def remarks(found: dict) -> str:
     """Why there is nothing, or less."""
     parts = [found.get("failed")]
+    if n_rows := found.get("uncompiled_rows"):
+        parts.append(f"{n_rows} rows run uncompiled, after Dynamo's limit; KB are theirs")
     for part in ("eager", "compiled"):
         if why := found.get(f"{part}_failed"):
             parts.append(f"{part}: {why}")

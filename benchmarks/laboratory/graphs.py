@@ -33,21 +33,27 @@ class Work:
         return sum(n for name, n in self.eager.items() if name.startswith(COPIES))
 
 
+@dataclass
+class Row:
+    """What the blocks do in one row, by their number."""
+
+    graphs_before: int
+    """Graphs that Dynamo had made until then."""
+    forward: dict[int, Work] = field(default_factory=dict)
+    backward: dict[int, Work] = field(default_factory=dict)
+
+
 class Recorder:
     """Watches a compiled model run: which code each block executes, and how many graphs there are after each row."""
 
     def __init__(self, mode: FakeGPU) -> None:
         self.mode = mode
         self.codes: dict[Key, list[str]] = {}
-        self.graphs_before: list[int] = []
-        """Graphs that Dynamo had made before each row."""
-        self._block = 0
-        self.forward: dict[int, Work] = {}
-        self.backward: dict[int, Work] = {}
-        """Of each block, in the newest row."""
+        self.rows: list[Row] = []
         self.on_block: Callable[[int, tuple, object], None] | None = None
         """Told of each call of a block: its number, arguments and result."""
-        self._current: Work | None = None
+        self._block = 0
+        self._current: Work | None = None  # of the block whose forward pass is under way
         self._backward: Work | None = None  # of the block whose backward pass is under way
         self._waiting: Counter[str] = Counter()  # operations since the newest backward part
         self._owners: list[tuple[int, int]] = []  # (block, graph) of forward parts that wait for their backward ones
@@ -94,9 +100,8 @@ class Recorder:
         hidden_states = model.hidden_states
 
         def row(*args: object, **kwargs: object) -> object:
-            self.graphs_before.append(n_graphs())
-            self.forward, self.backward, self._owners = {}, {}, []
-            self._current, self._waiting = None, Counter()
+            self.rows.append(Row(n_graphs()))
+            self._owners, self._current, self._waiting = [], None, Counter()
             return hidden_states(*args, **kwargs)
 
         model.hidden_states = row
@@ -109,7 +114,7 @@ class Recorder:
         def watched(*args: object, **kwargs: object) -> object:
             before = self._current
             self._block, self._current = number, Work()
-            self.forward[number] = self._current
+            self.rows[-1].forward[number] = self._current
             try:
                 result = call(*args, **kwargs)
             finally:
@@ -142,7 +147,7 @@ class Recorder:
 
     def _begin_backward(self, block: int) -> Work:
         """The block's work; what ran since its own part before this one belongs to it as well."""
-        work = self.backward.setdefault(block, Work())
+        work = self.rows[-1].backward.setdefault(block, Work())
         if work is self._backward:
             work.eager += self._waiting
         self._backward, self._waiting = work, Counter()
