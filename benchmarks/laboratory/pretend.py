@@ -13,6 +13,7 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
+from torch import Tensor
 
 CAPABILITY = (9, 0)
 N_DEVICES = 1
@@ -42,6 +43,7 @@ def pretend() -> None:
     torch._C._ensureCUDADeviceGuardSet()
     ctypes.CDLL(os.environ["LABORATORY_DEVICE_COUNT"]).set_device_count(MOST_DEVICES)
     _answer_for_torch()
+    _attend_without_asking()
     _answer_for_dynamo()
     _answer_for_inductor()
 
@@ -63,6 +65,36 @@ def _answer_for_torch() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, _always(answer))
     fake_tensor.init_gpu_context = _always(None)
+
+
+def _attend_without_asking() -> None:
+    """Let attention on the GPU be the kernel that takes masks: which it shall be torch asks CUDA itself in C++."""
+    functional = torch.nn.functional
+    on_cpu = functional.scaled_dot_product_attention
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        settings = {"is_causal": is_causal, "scale": scale}
+        if not query.is_cuda:
+            settings |= {"attn_mask": attn_mask, "enable_gqa": enable_gqa}
+            return on_cpu(query, key, value, **settings)
+        times = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(times, dim=1) if times > 1 else x for x in (key, value))
+        mask = attn_mask
+        if mask is not None:
+            mask = mask.expand(*query.shape[:3], key.shape[2])
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, mask, compute_log_sumexp=True, **settings
+        )[0]
+
+    functional.scaled_dot_product_attention = attention
 
 
 def _answer_for_dynamo() -> None:
