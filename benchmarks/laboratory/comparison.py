@@ -102,7 +102,7 @@ def remarks(found: dict) -> str:
     """Why there is nothing, or less."""
     parts = [found.get("failed")]
     if n_rows := found.get("uncompiled_rows"):
-        parts.append(f"{n_rows} rows run uncompiled, after Dynamo's limit; KB are theirs")
+        parts.append(f"{n_rows} rows ran uncompiled, past Dynamo's limit" + "; KB are theirs" * ("kept_kb" in found))
     for part in ("eager", "compiled"):
         if why := found.get(f"{part}_failed"):
             parts.append(f"{part}: {why}")
