@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # the platform's own Python picks the torch build; constraints.txt pins what set-up installs, pyproject.toml the ranges
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-LABORATORY := torch==2.11.0 'lightning>=2.5,!=2.6.2,!=2.6.3' numpy safetensors sentencepiece tokenizers jinja2 huggingface_hub
+LABORATORY := torch==2.11.0 'lightning>=2.5,!=2.6.2,!=2.6.3' numpy safetensors sentencepiece tokenizers jinja2 huggingface_hub bitsandbytes
 
 .PHONY: demo test lint bench gpu-dry clean help
 
