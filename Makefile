@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # the platform's own Python picks the torch build; constraints.txt pins what set-up installs, pyproject.toml the ranges
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+LABORATORY := torch==2.11.0 'lightning>=2.5,!=2.6.2,!=2.6.3' numpy safetensors sentencepiece tokenizers jinja2 huggingface_hub bitsandbytes
 
-.PHONY: demo test lint bench gpu-wheels clean help
+.PHONY: demo test lint bench gpu-wheels gpu-dry clean help
 
 help:
 	@echo "make demo   install into .venv and run the whole road on a tiny model (about a minute of computing)"
@@ -12,7 +13,8 @@ help:
 	@echo "make lint   ruff only"
 	@echo "make bench  lit_sft beside litgpt and TRL, which go into .venv-benchmark (long; see docs/performance.md)"
 	@echo "make gpu-wheels  what benchmarks/gpu.py compares with, into .whl/ for a machine without a network"
-	@echo "make clean  remove .venv, .venv-benchmark, out/ and the demo's files"
+	@echo "make gpu-dry  what the CUDA path compiles, without a GPU, in .venv-laboratory (5 GB; see docs/performance.md)"
+	@echo "make clean  remove .venv, .venv-benchmark, .venv-laboratory, out/ and the demo's files"
 
 # torch first and by itself: the other packages then find it there, whatever build it is
 .venv/torch: constraints.txt
@@ -57,5 +59,18 @@ gpu-wheels:
 	@$(PYTHON) -m pip --disable-pip-version-check download --quiet --no-deps --only-binary=:all: \
 		--python-version 3.12 --implementation cp $(addprefix --platform ,$(PLATFORMS)) --dest .whl $(WHEELS)
 
+# torch's CUDA build, which runs without a GPU as well; uv takes it from PyPI on any machine
+.venv-laboratory/installed:
+	@for python in python3.12 python3.11 $(PYTHON); do \
+		test -x .venv-laboratory/bin/python || ! $$python -c '' 2>/dev/null || $$python -m venv .venv-laboratory; done
+	@echo "installing torch's CUDA build into .venv-laboratory"
+	@.venv-laboratory/bin/python -m pip --disable-pip-version-check install --quiet uv
+	@.venv-laboratory/bin/uv pip install --quiet --python .venv-laboratory/bin/python $(LABORATORY)
+	@touch $@
+
+# GPU_DRY="--build", "--write", "--project CHECKOUT", "--cases bf16 fp8" and so on
+gpu-dry: .venv-laboratory/installed
+	@.venv-laboratory/bin/python benchmarks/laboratory/run.py $(GPU_DRY)
+
 clean:
-	rm -rf .venv .venv-benchmark out checkpoints/demo data/demo build *.egg-info
+	rm -rf .venv .venv-benchmark .venv-laboratory out checkpoints/demo data/demo build *.egg-info

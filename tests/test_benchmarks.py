@@ -318,3 +318,76 @@ def test_tables_of_whatever_is_there() -> None:
     assert "| optimizer, host | 1.00 | 0.7 | 0.2 |" in text and "| copy | 1,000 | 2,000 |  | 4,000 |" in text
     assert "litgpt, micro-batch 4" in text and "bf16:  cut after 9 s why" in text and "large:  left out" in text
     assert "graphs" not in tables({"machine": machine, "stages": {}})
+
+
+# --- the laboratory: what is compiled for a GPU, without one ---
+
+CODE = """
+triton_poi_fused_clone_0 = async_compile.triton('triton_poi_fused_clone_0', '''
+def triton_poi_fused_clone_0(in_ptr0, out_ptr0, xnumel, XBLOCK : tl.constexpr):
+    tmp0 = tl.load(in_ptr0 + (x0), xmask).to(tl.float32)
+    tmp1 = tmp0.to(tl.float32)
+    tl.store(out_ptr0 + (x0), tmp1, xmask)
+''', device_str='cuda')
+triton_poi_fused_mul_1 = async_compile.triton('triton_poi_fused_mul_1', '''
+def triton_poi_fused_mul_1(in_ptr0, out_ptr0, xnumel, XBLOCK : tl.constexpr):
+    tmp0 = tl.load(in_ptr0 + (x0), xmask)
+    tmp1 = tmp0 * tmp0
+    tl.store(out_ptr0 + (x0), tmp1, xmask)
+''', device_str='cuda')
+
+def call(args):
+    # extern_kernels.mm(nothing)
+    triton_poi_fused_clone_0.run(arg0_1, buf0, s27, stream=stream0)
+    triton_poi_fused_clone_0.run(arg1_1, buf1, s27, stream=stream0)
+    triton_poi_fused_mul_1.run(buf0, buf2, s27, stream=stream0)
+    extern_kernels.mm(reinterpret_tensor(buf2, (s27, 8), (8, 1), 0), buf1, out=buf3)
+    extern_kernels.addmm(buf3, reinterpret_tensor(buf2, (s27, 8), (8, 1), 0), buf1, alpha=2.0, beta=1, out=buf4)
+    extern_kernels.addmm(buf4, buf2, buf1, alpha=2.0, beta=1, out=buf4)
+    extern_kernels.addmm(reinterpret_tensor(arg2_1, (s27, 8), (0, 1), 0), buf2, buf1, alpha=1, beta=1, out=buf5)
+    buf6 = torch.ops.torch_attn._varlen_attn.default(buf4, buf4, buf4, arg3_1, arg3_1, 7, 7, True)
+"""
+
+
+@pytest.fixture
+def laboratory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS / "laboratory")
+
+
+def test_kernels_and_copies_are_counted_in_generated_code(laboratory: None) -> None:
+    from reading import added_up, counted
+
+    count = counted(CODE)
+    assert count == {
+        "triton": 3,
+        "extern": {"addmm": 3, "mm": 1, "torch_attn._varlen_attn": 1},
+        "copies": {"triton": 2, "addmm": 1},
+    }
+    assert added_up([count, count])["extern"]["addmm"] == 6
+    assert added_up([]) == {"triton": 0, "extern": {}, "copies": {}}
+
+
+def test_what_got_worse_is_said(laboratory: None) -> None:
+    from comparison import table, worse
+
+    work = {
+        "triton": 3,
+        "extern": {"mm": 2},
+        "copies": {"triton": 1},
+        "eager": {"aten.cat.default": 1},
+        "eager_copies": 1,
+    }
+    before = {"bf16": {"graphs": 7, "waits": 30, "kept_kb": 90.0, "forward": work}, "gone": {"graphs": 1}}
+    assert worse(before, before) == []
+    assert worse(before, {"bf16": before["bf16"] | {"graphs": 1, "kept_kb": 90.1}}) == []
+    now = {"bf16": {"graphs": 8, "waits": 30, "kept_kb": 91.0, "compiled_failed": "KeyError | of a kind"}, "new": {}}
+    assert worse(before, now) == [
+        "bf16: graphs rose from 7 to 8",
+        "bf16: forward kernels was 6, now there is none",
+        "bf16: forward copies was 2, now there is none",
+        "bf16: KB kept a token rose from 90 to 91",
+    ]
+    assert "| bf16 | 7 |  | 3 + 2 + 1 (2) |  | 90 | 30 |  |  |  |" in table(before)
+    built = {"built": {"90": {"built": 3, "failed": {"triton_a": "no"}}}}
+    assert "| sm_90 3/4 |" in table({"bf16": built}) and "compiled: KeyError / of a kind |" in table(now)
+    assert worse({"bf16": built}, {"bf16": {}}) == []
