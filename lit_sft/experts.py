@@ -11,8 +11,9 @@ rows an expert gets stays on the device:
 
 A share scales the input of down and not its output, which would have to be kept for the share's gradient.
 
-Sums run in a fixed order: nothing is added atomically. An expert without a token has zero gradients, where the loop
-gives none at all.
+On GPUs before Hopper, and in fp32, torch's grouped product is a loop over experts that waits once for their numbers of
+rows. Sums run in a fixed order: nothing is added atomically. An expert without a token has zero gradients, where the
+loop gives none at all.
 
 A mixture stays a loop where its experts are quantized, drop out inputs of their adapters, have biases or no gate, or
 are in fp64; and on a CPU where they are few, for which the loop is faster.

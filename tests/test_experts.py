@@ -1,12 +1,14 @@
 """Experts as grouped products against the loop, transformers and peft; no synchronisation, nothing kept twice."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from family_variants import VARIANTS
 from test_families import logits_of, token_ids
+from test_gpu import NO_GPU
 from test_lora import filled_adapter
 from test_peft import adapter_of, base_of, exported, with_peft
 from torch import Tensor, nn
@@ -113,6 +115,54 @@ def test_a_model_in_training_is_the_one_with_loops(every: int) -> None:
         found.append([states.detach(), *gradients])
     for plain, grouped in zip(*found, strict=True):
         assert (plain - grouped).norm() <= 1e-5 * plain.norm()
+
+
+class Logits(nn.Module):
+    """In place of a router, so that rounding moves no token to another expert."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits
+
+
+@contextmanager
+def without_waits(device: str) -> Iterator[None]:
+    """Let torch raise where the host waits for a GPU; before Hopper its grouped products do."""
+    watched = device == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
+    if watched:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if watched:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+def test_bf16_on_a_device_is_the_loop_in_fp64(device: str) -> None:
+    """Forward and backward, an expert without tokens included; a GPU is not waited for."""
+    logits = torch.randn(40, SHAPE["n_expert"], generator=torch.Generator().manual_seed(3)).bfloat16()
+    logits[:, LONELY] = -100
+    found = []
+    for where, dtype in (("cpu", torch.float64), (device, torch.bfloat16)):
+        mixture = make_mixture(dtype, "gate up down", 3)
+        mixture.router = Logits(logits.to(dtype))
+        x = tokens(torch.bfloat16).detach().to(where, dtype).requires_grad_()
+        mixture.to(where)
+        if dtype == torch.bfloat16:
+            mixture.grouped = GroupedExperts(mixture)
+        upstream = torch.ones_like(x)
+        with without_waits(where):
+            y = mixture(x)
+            y.backward(upstream)
+        trained = {name: p.grad for name, p in mixture.named_parameters() if p.requires_grad}
+        found.append({"y": y.detach(), "x": x.grad} | trained)
+    for name, expected in found[0].items():
+        error = found[1][name].double().cpu() - (0 if expected is None else expected)
+        assert error.norm() <= (0 if expected is None else 0.02 * expected.norm()), name
 
 
 # --- other libraries ---
