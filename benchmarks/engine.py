@@ -20,6 +20,7 @@ from lit_sft.args import LoRATrainArgs
 from lit_sft.atomic import Manifest, publish_directory
 from lit_sft.batches import Ahead, TrainSteps
 from lit_sft.config import ModelConfig
+from lit_sft.experts import group_experts
 from lit_sft.families import find_family
 from lit_sft.joined import join_products
 from lit_sft.loop import train_step
@@ -95,6 +96,7 @@ class Training:
         self.dropout = apply_lora(model, args, args.seed)
         if self.fabric.device.type == "cuda":
             join_products(model)
+        group_experts(model)
         if compiled:
             model.compile_blocks()
         self.optimizer = optim.build_optimizer(model, optim.master_parameters(model), args)

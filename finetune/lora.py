@@ -14,6 +14,7 @@ def main(args: LoRATrainArgs) -> None:
     """Train an adapter on ``args.data_dir`` and save it to ``args.out_dir``/adapter."""
     from lit_sft import checkpoint, layout, optim, runtime
     from lit_sft.batches import TrainSteps, ValRows
+    from lit_sft.experts import group_experts
     from lit_sft.fitting import choose_settings, make_plan, show_estimate
     from lit_sft.generate import sampler
     from lit_sft.joined import join_products
@@ -50,6 +51,8 @@ def main(args: LoRATrainArgs) -> None:
         dropout = apply_lora(model, args, args.seed)
         if fabric.device.type == "cuda" and not runtime.is_mixed(fabric):
             join_products(model)
+        if not runtime.is_mixed(fabric):
+            group_experts(model)
         if args.compile:
             model.compile_blocks()
         trained = optim.master_parameters(model)

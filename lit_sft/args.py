@@ -133,7 +133,7 @@ class TrainArgs(Args):
         "none",
         "blocks computed again backward, to save memory: none, all, a number K for every K-th, or auto: as few as fit",
     )
-    compile: bool | None = arg(None, "compile the blocks, but for mixtures of experts (default: on CUDA)")
+    compile: bool | None = arg(None, "compile the blocks, but for experts in a loop (default: on CUDA)")
     max_seq_length: int | None = arg(None, "cut examples again, below the shards' length", "override_max_seq_length")
     learning_rate: float = arg(2e-4, "highest learning rate")
     lr_schedule: Literal["cosine", "linear", "constant"] = arg("cosine", "shape of the learning rate after warmup")

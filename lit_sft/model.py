@@ -46,9 +46,9 @@ class GPT(nn.Module):
 
         Blocks are alike, so all of them run what is compiled for one: with the attention of all segments inside it
         where one kernel computes that, else in two parts around it. Generation with a cache runs as it is written.
-        So do mixtures of experts: how many tokens go where is known only while they run.
+        So do mixtures of experts in a loop: how many tokens go where is known only while they run.
         """
-        if self.config.n_expert:
+        if any(isinstance(block.mlp, MoE) and block.mlp.grouped is None for block in self.blocks):
             return
         import torch._dynamo
         import torch._functorch.config
@@ -259,6 +259,8 @@ class MoE(nn.Module):
         self.experts = nn.ModuleList(MLP(config) for _ in range(config.n_expert))
         self.tokens_of: list[Tensor] = []
         """(n,) int64 for each expert: which tokens of the last row went through it."""
+        self.grouped: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        """The experts as grouped products, where ``group_experts`` has made them so."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) → (B, T, C)."""
@@ -269,6 +271,8 @@ class MoE(nn.Module):
         if self.normalize:
             shares = shares / shares.sum(-1, keepdim=True)
         shares = shares.to(x.dtype)
+        if self.grouped is not None:
+            return self.grouped(flat, shares, chosen).view_as(x)
         picks = [(chosen == number).nonzero(as_tuple=True) for number in range(len(self.experts))]
         self.tokens_of = [tokens for tokens, _ in picks]
         out = torch.zeros_like(flat)
