@@ -25,12 +25,12 @@ FREE = {
     "debug", "out_dir", "resume", "device", "devices", "micro_batch_size", "micro_batch_tokens", "max_time",
     "eval_interval", "save_interval", "save_minutes", "keep_last", "keep_best", "on_nonfinite", "sample_prompt",
     "checkpoint_dir", "data_dir", "max_iters", "epochs", "share_prefix", "activation_checkpointing", "compile",
-    "hardware", "threads", "torch", "lit_sft", "estimate", "rehearse", "timeout_minutes", "base_files",
+    "offload", "hardware", "threads", "torch", "lit_sft", "estimate", "rehearse", "timeout_minutes", "base_files",
 }  # fmt: skip
 # those of them that move the last bits
 PLACES = (
     "device", "devices", "micro_batch_size", "micro_batch_tokens", "share_prefix", "activation_checkpointing",
-    "compile", "hardware", "threads", "torch", "lit_sft",
+    "compile", "offload", "hardware", "threads", "torch", "lit_sft",
 )  # fmt: skip
 
 
