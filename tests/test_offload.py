@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_compile import compile_lightly, losses_and_gradients  # noqa: F401 (a fixture)
-from test_estimate import BLOCK, CONFIG, row_of, settings
+from test_estimate import BLOCK, CONFIG, N_ADAPTER, row_of, settings
 from test_loop import data, lora_args, read_metrics  # noqa: F401 (data is a fixture)
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -79,6 +79,7 @@ def train(base: Path, data_dir: Path, streamed: bool, joined: bool, n_steps: int
     fabric = launch(args)
     dtype = BASE_DTYPE[args.precision or "32-true"]
     model = load_model(base, dtype=dtype, quantize=args.quantize, offload=streamed)
+    model.checkpoint_every = args.checkpoint_every
     dropout = apply_lora(model, args, args.seed)
     if joined:
         join_products(model)
@@ -342,12 +343,12 @@ def test_the_estimate_counts_two_places_and_one_block() -> None:
     assert resident.weights - offload.weights == 4 * (6 - 2) * BLOCK
     assert (offload.trained, offload.optimizer) == (resident.trained, resident.optimizer)
     inputs = 4 * 160 * 64
-    assert offload.activations < resident.activations - 4 * inputs, "blocks' inputs are on the host"
     assert offload.host == 6 * (1 << (4 * BLOCK - 1).bit_length()) + 6 * (1 << (inputs - 1).bit_length())
     assert resident.host == 0
     deep = measure(settings(offload=True), replace(CONFIG, n_layer=60), row)
     assert deep.weights - offload.weights == 4 * 54 * 2 * 64, "norms alone"
-    assert deep.activations - offload.activations < 4 * 60 * 16 * 1000, "adapters' gradients alone"
+    gradients = 4 * 54 * N_ADAPTER // 6
+    assert deep.activations - offload.activations <= gradients, "and no block's input"
 
 
 LLAMA_2 = {"block_size": 16_384, "vocab_size": 32_000, "head_size": 128}
@@ -377,7 +378,7 @@ def test_large_models_are_predicted_to_fit_small_cards(size: str, n_tokens: int,
 
 
 def test_it_is_offered_last_and_where_nothing_else_fits() -> None:
-    config = replace(CONFIG, n_layer=40)
+    config = replace(CONFIG, n_layer=20)
     args = LoRATrainArgs(precision="bf16-true", quantize="fp8", micro_batch_tokens=256)
     plan = Plan(args, config, None, False, "cuda", 1 << 40)
     assert not any("offload" in flags for flags, _ in plan.choices(256))
