@@ -74,7 +74,8 @@ def recorded(out_dir: Path) -> dict:
 
 def compare(before: dict, now: dict, out_dir: Path) -> None:
     """Say in a line what moves the last bits; InputError, with the difference, where something else is computed."""
-    moved = [f"{k} {now[k]} instead of {before[k]}" for k in PLACES if before.get(k, now[k]) != now[k]]
+    both = [k for k in PLACES if k in now and k in before]
+    moved = [f"{k} {now[k]} instead of {before[k]}" for k in both if before[k] != now[k]]
     if moved:
         tell(f"going on with {', '.join(moved)}: the same computation, equal to rounding")
     changed = [k for k in (now | before) if k not in FREE and before.get(k) != now.get(k)]

@@ -12,7 +12,7 @@ from conftest import ROOT
 from test_compile import compile_lightly, losses_and_gradients  # noqa: F401 (a fixture)
 from test_estimate import BLOCK, CONFIG, N_ADAPTER, row_of, settings
 from test_loop import data, lora_args, read_metrics  # noqa: F401 (data is a fixture)
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from finetune import lora
@@ -29,7 +29,7 @@ from lit_sft.joined import join_products
 from lit_sft.loop import train_step, validate
 from lit_sft.lora import apply_lora, lora_state_dict, merge_lora
 from lit_sft.model import GPT
-from lit_sft.offload import StreamedBlocks, stream_blocks
+from lit_sft.offload import StreamedBlocks, _frozen, stream_blocks
 from lit_sft.optim import build_optimizer, master_parameters
 from lit_sft.quantize import QuantizedLinear
 from lit_sft.runtime import BASE_DTYPE, autocast, launch
@@ -158,7 +158,7 @@ def tiny(**config: object) -> GPT:
     model = GPT(ModelConfig(**shape, head_size=8, intermediate_size=48, **config))
     apply_lora(model, LoRAArgs(lora_r=3), seed=0)
     for number, parameter in enumerate(lora_state_dict(model).values()):
-        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
     return model.train()
 
 
@@ -185,13 +185,20 @@ def test_a_mixture_of_experts_keeps_its_routers_on_the_device() -> None:
 
 
 def test_two_copies_of_each_block_a_row() -> None:
-    """None where both passes meet, and where a row follows another."""
+    """None where both passes meet, and where a row follows another; each before its block is asked for."""
     model = tiny()
     streamed = stream(model)
+    sources, visit, asked_for = streamed.copies.sources, streamed.visit, []
+
+    def visit_and_look(number: int) -> None:
+        asked_for.append([streamed.here.block, streamed.other.block].count(number))
+        visit(number)
+
+    streamed.visit = visit_and_look
     gradients(model, 1)
-    sources = streamed.copies.sources
     numbers = [next(i for i, b in enumerate(streamed.blocks) if b.buffer is source) for source in sources]
     assert numbers == [0, 1, 2, 3, 4, 2, 1, 0]
+    assert asked_for == [0] + [1] * (2 * N_LAYER - 1)
     sources.clear()
     gradients(model, 4)
     assert len(sources) == 4 * 2 * (N_LAYER - 2)
@@ -250,49 +257,40 @@ def test_compiled_blocks_may_be_streamed(
 # --- what is where ---
 
 
-@pytest.mark.parametrize("kind", [None, "fp8", "nf4-dq"])
-def test_loading_leaves_the_blocks_weights_on_the_host(deep: Path, kind: str | None) -> None:
-    """The device here is the one of tensors without contents, on which nothing can be kept by mistake."""
-    if kind is not None:  # quantizing needs contents
-        model = load_model(deep, quantize=kind, offload=True)
-    else:
-        model = load_model(deep, device="meta", offload=True)
-        places = {name: p.device.type for name, p in model.named_parameters()}
-        linear = {name for name in places if name.startswith("blocks.") and "norm" not in name}
-        assert {name for name, device in places.items() if device == "cpu"} == linear
+def test_loading_leaves_the_blocks_weights_on_the_host(deep: Path) -> None:
+    """The device here is the one of tensors without contents, so that nothing is there by mistake."""
+    model = load_model(deep, device="meta", offload=True)
     apply_lora(model, LoRAArgs(), 0)
-    assert {p.device for p in lora_state_dict(model).values()} == {model.wte.weight.device}
+    on_host = {name for name, p in model.named_parameters() if p.device.type == "cpu"}
+    linear = {name for name, _ in model.named_parameters() if name.endswith(".base.weight")}
+    assert on_host == linear and len(linear) == 7 * N_LAYER
+
+
+def storages(tensors: list[Tensor]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
 @pytest.mark.parametrize("kind", [None, "fp8", "nf4-dq"])
 @pytest.mark.parametrize("joined", [False, True])
 def test_the_device_holds_two_places_and_what_is_small(deep: Path, kind: str | None, joined: bool) -> None:
-    """Every tensor that a block refers to is its own in the host's buffer, in a place, or none of the weights."""
+    """Every weight that a block refers to is in the host's buffer or in the place that holds the block."""
     model = load_model(deep, quantize=kind, offload=True)
     apply_lora(model, LoRAArgs(lora_key=False), 0)
     if joined:
         join_products(model)
     streamed = stream(model)
-    gradients(model.train(), 1)
-    places = {place.buffer.untyped_storage()._cdata: place for place in (streamed.here, streamed.other)}
-    held = {place.block for place in places.values()}
-    assert held == {0, 1}
-    for number, block in enumerate(streamed.blocks):
-        host = block.buffer.untyped_storage()._cdata
-        where = set()
-        for part in block.parts:
-            for tensor in part.frozen if hasattr(part, "product") and not isinstance(part, torch.nn.Module) else []:
-                where.add(tensor.untyped_storage()._cdata)
-        for module in model.blocks[number].modules():
-            if isinstance(module, QuantizedLinear):
-                where |= {tensor.untyped_storage()._cdata for tensor in module.frozen() if tensor.numel() > 100}
-            elif isinstance(module, torch.nn.Linear):
-                where.add(module.weight.untyped_storage()._cdata)
-        own_place = {cdata for cdata, place in places.items() if place.block == number}
-        assert where <= {host} | own_place, "no copy is anywhere else"
-        assert bool(where & own_place) == (number in held)
-    largest = max(block.buffer.numel() for block in streamed.blocks)
-    assert all(place.buffer.numel() == largest for place in places.values())
+    gradients(model.train())
+    places = {place.block: place.buffer for place in (streamed.here, streamed.other)}
+    assert places.keys() == {0, 1}
+    for number, (own, block) in enumerate(zip(streamed.blocks, model.blocks, strict=True)):
+        host, place = storages([own.buffer]), storages([places[number]] if number in places else [])
+        computing = storages([tensor for part in own.parts for tensor in _frozen(part)])
+        assert computing <= (place or host), "the first two blocks were the last to be computed"
+        linears = [module for module in block.modules() if isinstance(module, nn.Linear | QuantizedLinear)]
+        assert len(linears) == 7
+        weights = [tensor for layer in linears for tensor in _frozen(layer) if tensor.numel() > 100]
+        assert storages(weights) <= host | place, "no copy is anywhere else"
+    assert len({buffer.numel() for buffer in places.values()} | {max(b.buffer.numel() for b in streamed.blocks)}) == 1
 
 
 # --- runs ---
