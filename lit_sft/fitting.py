@@ -114,9 +114,10 @@ class Plan:
                 continue
             for n_tokens in self.row_lengths(highest):  # the longest that fits is enough
                 changes = {"micro_batch_tokens": n_tokens} | settings
-                flags = [f"--{name} {value}" for name, value in changes.items() if value != getattr(self.args, name)]
+                changed = {name: value for name, value in changes.items() if value != getattr(self.args, name)}
+                flags = [f"--{name} {str(value).lower()}" for name, value in changed.items()]
                 needed = self.needed(replace(self.args, **changes))[2]
-                yield " ".join(flags).replace("True", "true") or "as asked", needed
+                yield " ".join(flags) or "as asked", needed
                 if needed <= self.room:
                     fits = True
                     break
@@ -131,8 +132,9 @@ class Plan:
         for kind, checkpointing in product(kinds, blocks):
             yield {"activation_checkpointing": checkpointing} | kind
         if lora and not offload and self.device == "cuda" and self.args.devices == 1:
+            kept = self.args.activation_checkpointing == "none"
             for kind in kinds:
-                yield {"activation_checkpointing": "all", "offload": True} | kind
+                yield {"activation_checkpointing": "none" if kept else "all", "offload": True} | kind
 
     def advice(self, n_tokens: int, started: bool = True) -> str:
         """Flags to use where a row of ``n_tokens`` did not fit, ``started``: in a run that has begun."""
