@@ -20,6 +20,7 @@ def main(args: LoRATrainArgs) -> None:
     from lit_sft.joined import join_products
     from lit_sft.loop import fit
     from lit_sft.lora import apply_lora
+    from lit_sft.offload import stream_blocks
     from lit_sft.rehearsal import rehearse
     from lit_sft.run import Saver, can_share_prefix, check_shards, finish, open_run, resolve_args
     from lit_sft.shards import Shards
@@ -46,13 +47,16 @@ def main(args: LoRATrainArgs) -> None:
 
     with open_run(args, train, fabric) as state:
         # the frozen base and the adapter that is trained beside it
-        model = checkpoint.load_model(checkpoint_dir, None, runtime.base_dtype(fabric), fabric.device, args.quantize)
+        dtype = runtime.base_dtype(fabric)
+        model = checkpoint.load_model(checkpoint_dir, None, dtype, fabric.device, args.quantize, args.offload)
         model.checkpoint_every = args.checkpoint_every
         dropout = apply_lora(model, args, args.seed)
         if fabric.device.type == "cuda" and not runtime.is_mixed(fabric):
             join_products(model)
-        if not runtime.is_mixed(fabric):
+        if not runtime.is_mixed(fabric) and not args.offload:
             group_experts(model)
+        if args.offload:
+            stream_blocks(model)  # each block's weights come to the device when it is computed
         if args.compile:
             model.compile_blocks()
         trained = optim.master_parameters(model)

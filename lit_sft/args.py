@@ -228,9 +228,19 @@ class LoRATrainArgs(LoRAArgs, TrainArgs):
     quantize: Literal["nf4", "nf4-dq", "fp8", "bnb.nf4", "bnb.nf4-dq"] | None = arg(
         None, "store the frozen linear layers in 4 bits (dq: their scales in 8) or in 8; null: as they are"
     )
+    offload: bool = arg(
+        False, "keep the blocks' frozen weights in the host's memory, for a small GPU: slower where rows are short"
+    )
 
     def checks(self) -> dict[str, bool]:  # noqa: D102
+        blocks = self.activation_checkpointing
         return super().checks() | {
+            f"--offload does not go with --devices {self.devices}: each would keep weights of its own": (
+                self.offload and self.devices > 1
+            ),
+            f"--offload computes every block again, so --activation_checkpointing {blocks:.40} does not go with it": (
+                self.offload and blocks not in ("none", "all")
+            ),
             f"--quantize {self.quantize} does not go with --precision 64-true": (
                 self.quantize is not None and self.precision == "64-true"
             ),
@@ -261,6 +271,7 @@ class EstimateArgs(LoRATrainArgs):
             "--data_dir or --checkpoint_dir is needed": self.data_dir is None and self.checkpoint_dir is None,
             f"--device_memory_gb {memory} must be above {least}": memory is not None and not memory > least,
             "--full does not go with --quantize": self.full and self.quantize is not None,
+            "--full does not go with --offload": self.full and self.offload,
         }
 
 

@@ -45,6 +45,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     quantize: str | None = None,
+    offload: bool = False,
 ) -> GPT:
     """A converted model in eval mode, with an adapter beside its weights when ``adapter_dir`` is given.
 
@@ -54,6 +55,7 @@ def load_model(
         dtype: of the base weights; None: as stored.
         device: where the weights go, tensor by tensor.
         quantize: how the blocks' linear layers are stored, nf4, nf4-dq or fp8, each as soon as it is read.
+        offload: the weights of the blocks' linear layers stay in the host's memory, for ``stream_blocks``.
 
     Raises InputError when the directories do not hold exactly this model and an adapter made for it.
     """
@@ -73,9 +75,13 @@ def load_model(
         if tensor.shape != shapes.get(name, tensor.shape):
             found = f"{name} has shape {tuple(tensor.shape)}, not {tuple(shapes[name])}"
             raise InputError(f"{directory} does not hold its own model: {found}; convert it again")
-        here = tensor.to(device, dtype or tensor.dtype)
-        if quantize and is_quantized(model, name):
-            narrow[name] = quantized(here, quantize)
+        linear = (quantize or offload) and is_quantized(model, name)
+        stays = linear and offload and not quantize
+        here = tensor.to("cpu" if stays else device, dtype or tensor.dtype)
+        if linear and quantize:
+            narrow[name] = layer = quantized(here, quantize)
+            if offload:
+                layer.hold([part.to("cpu") for part in layer.frozen()])
             here = here.to("meta")
         weights[name] = here
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)

@@ -34,6 +34,7 @@ HEAP_SLACK, CHECKPOINTED_SLACK = 0.9, 1.35
 LIBRARIES = 60_000_000  # bytes of code and buffers that a CPU's libraries take with the first step; measured
 PACKED_COPIES = 2  # of the head's matrix, the largest, which a product lays out anew for itself
 GPU_SLACK = 0.05  # assumed of an allocator that rounds and splits
+ASSUMED_PROMPT = 1024  # tokens that are answered between steps, where no data say how long examples are
 
 
 @dataclass
@@ -56,6 +57,11 @@ class Plan:
         """Tokens of the longest example, which a row must hold."""
         return int(self.train.lengths.max()) if self.train is not None else 1
 
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt that is answered between steps, at most those of the longest example."""
+        return self.longest if self.train is not None else ASSUMED_PROMPT
+
     def row(self, args: TrainArgs) -> Row:
         """The heaviest row of the run."""
         if self.train is not None:
@@ -67,9 +73,11 @@ class Plan:
     def needed(self, args: TrainArgs) -> tuple[Memory, Row, int]:
         """What the tensors take, the heaviest row, and the peak of the whole in bytes."""
         row = self.row(args)
-        memory = measure(args, self.config, row)
+        memory = measure(args, self.config, row, min(self.n_prompt, row.input_ids.numel()))
         fixed = memory.weights + memory.trained + memory.optimizer
-        held = resident_memory() + self._libraries(args) if self.device == "cpu" else self._logits(args)
+        held = self._logits(args)
+        if self.device == "cpu":
+            held = resident_memory() + self._libraries(args) + memory.host
         return memory, row, int(held + fixed + (memory.peak - fixed) * (1 + self._slack(args)))
 
     def _slack(self, args: TrainArgs) -> float:
@@ -100,17 +108,33 @@ class Plan:
 
         ``started``: only what a run may change that has begun.
         """
-        lora = isinstance(self.args, LoRATrainArgs) and not self.args.quantize
-        quantize = [None, NF4] if lora and not started and has_nf4() else [None]
-        for kind, checkpointing in product(quantize, dict.fromkeys((self.args.activation_checkpointing, "all"))):
+        fits = False
+        for settings in self._settings(started):
+            if fits and settings.get("offload"):  # which is for where nothing else fits
+                continue
             for n_tokens in self.row_lengths(highest):  # the longest that fits is enough
-                changes = {"micro_batch_tokens": n_tokens, "activation_checkpointing": checkpointing}
-                changes |= {"quantize": kind} if kind else {}
-                flags = [f"--{name} {value}" for name, value in changes.items() if value != getattr(self.args, name)]
+                changes = {"micro_batch_tokens": n_tokens} | settings
+                changed = {name: value for name, value in changes.items() if value != getattr(self.args, name)}
+                flags = [f"--{name} {str(value).lower()}" for name, value in changed.items()]
                 needed = self.needed(replace(self.args, **changes))[2]
                 yield " ".join(flags) or "as asked", needed
                 if needed <= self.room:
+                    fits = True
                     break
+
+    def _settings(self, started: bool) -> Iterator[dict]:
+        """What ``choices`` tries at each length of a row, by flag."""
+        lora = isinstance(self.args, LoRATrainArgs)
+        quantize = [{"quantize": NF4}] if lora and not self.args.quantize and not started and has_nf4() else []
+        kinds: list[dict] = [{}, *quantize]
+        offload = lora and self.args.offload  # of which every block is computed again anyway
+        blocks = dict.fromkeys([self.args.activation_checkpointing] + ["all"] * (not offload))
+        for kind, checkpointing in product(kinds, blocks):
+            yield {"activation_checkpointing": checkpointing} | kind
+        if lora and not offload and self.device == "cuda" and self.args.devices == 1:
+            kept = self.args.activation_checkpointing == "none"
+            for kind in kinds:
+                yield {"activation_checkpointing": "none" if kept else "all", "offload": True} | kind
 
     def advice(self, n_tokens: int, started: bool = True) -> str:
         """Flags to use where a row of ``n_tokens`` did not fit, ``started``: in a run that has begun."""
@@ -192,6 +216,8 @@ def show_estimate(plan: Plan) -> None:
     print(f"{plan.args.precision} on {plan.device}, heaviest row {row.input_ids.numel():,} tokens ({shown})")
     parts = {"weights": memory.weights, "adapter or masters": memory.trained, "optimizer": memory.optimizer}
     parts |= {"activations, gradients": memory.activations, "validation in all": memory.validate, "peak": peak}
+    if memory.host:
+        parts |= {"of the host's memory": memory.host}
     for name, size in parts.items():
         print(f"  {name:24} {size / 1e9:8.2f} GB")
     print(f"  {'memory for the run':24} {plan.room / 1e9:8.2f} GB")

@@ -29,16 +29,19 @@ class LoRALinear(nn.Module):
         args: LoRAArgs,
         dropout: Callable[[Tensor, Tensor], Tensor] | None,
         number: int,
+        device: torch.device | None = None,
     ) -> None:
+        """``device``: of the adapter; None: that of the weights, which may stay in the host's memory."""
         super().__init__()
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
         self.scaling = args.lora_alpha / args.lora_r
         self.dropout = dropout
         stored = base.weight if isinstance(base, nn.Linear) else torch.empty(0, device=next(base.buffers()).device)
+        device = device or stored.device
         # a tensor, for which a compiled block need not be compiled anew in each layer
-        self.register_buffer("number", torch.tensor(number, device=stored.device), persistent=False)
-        kept = {"device": stored.device, "dtype": torch.promote_types(stored.dtype, torch.float32)}
+        self.register_buffer("number", torch.tensor(number, device=device), persistent=False)
+        kept = {"device": device, "dtype": torch.promote_types(stored.dtype, torch.float32)}
         self.lora_A = nn.Parameter(torch.zeros(args.lora_r, base.in_features, **kept))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, args.lora_r, **kept))
         self.joined: Callable[[Tensor], tuple[Tensor, ...]] | None = None
@@ -133,7 +136,7 @@ def apply_lora(model: GPT, args: LoRAArgs, seed: int) -> ExampleDropout:
             own = dropout.of_expert(mixtures[mixture], int(expert)) if mixture else dropout
             # the head sees only the labelled positions of a row, and is not dropped from
             own = None if child == "lm_head" or args.lora_dropout == 0 else own
-            adapted = LoRALinear(base, args, own, number)
+            adapted = LoRALinear(base, args, own, number, model.wte.weight.device)
             adapted.reset_adapter(generator)
             setattr(model.get_submodule(parent), child, adapted)
     return dropout
@@ -152,7 +155,7 @@ def merge_lora(model: GPT) -> None:
     """
     for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]:
         merged = nn.Linear(module.in_features, module.out_features, bias=module.base.bias is not None, device="meta")
-        weight = module.base.weight.to(module.lora_A.dtype) + module.delta()
+        weight = module.base.weight.to(module.lora_A) + module.delta()
         merged.weight = nn.Parameter(weight.to(module.base.weight.dtype), requires_grad=False)
         merged.bias = module.base.bias
         parent, _, child = name.rpartition(".")

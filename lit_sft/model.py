@@ -34,6 +34,8 @@ class GPT(nn.Module):
         self.checkpoint_every = 0
         """In training one of so many blocks keeps only its input, and is computed again backward; 0: none does."""
         self.compiled = False
+        self.streamed: Callable[..., Tensor] | None = None
+        """Computes a block whose weights are elsewhere: (number, block, the block's arguments) → its result."""
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -86,7 +88,7 @@ class GPT(nn.Module):
         x = self.wte(input_ids)
         if self.config.embedding_scale != 1:
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded, as where it was trained
-        if self.compiled and x.is_leaf and torch.is_grad_enabled():
+        if (self.compiled or self.streamed) and x.is_leaf and torch.is_grad_enabled():
             x.requires_grad_()  # of a frozen embedding: else the first block is compiled apart, for no gradient of x
         turns, local_turns = self._rotations(x, layout, cache)
         segments = self._segments(x, layout)
@@ -94,10 +96,12 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             rotation = local_turns if block.attn.scoring.window else turns
             own_cache = cache.layer(layer) if cache is not None else None
-            if self.checkpoint_every and self.training and layer % self.checkpoint_every == 0:
+            run = block.forward if self.compiled and cache is not None else block
+            if self.streamed is not None:
+                x = self.streamed(layer, run, x, rotation, segments, own_cache)
+            elif self.checkpoint_every and self.training and layer % self.checkpoint_every == 0:
                 x = checkpoint(block, x, rotation, segments, own_cache, use_reentrant=False, preserve_rng_state=False)
             else:
-                run = block.forward if self.compiled and cache is not None else block
                 with keep_less():
                     x = run(x, rotation, segments, own_cache)
         if cache is not None:

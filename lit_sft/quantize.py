@@ -54,6 +54,16 @@ class NF4Linear(QuantizedLinear):
             return [self.state.absmax]
         return [self.state.absmax, self.state.state2.absmax, self.state.state2.code, self.state.offset]
 
+    def frozen(self) -> list[Tensor]:
+        """The bits, and ``scales``."""
+        return [self.packed, *self.scales()]
+
+    def hold(self, frozen: list[Tensor]) -> None:
+        """Compute with these copies of ``frozen``."""
+        self.packed, self.state.absmax, *nested = frozen
+        if nested:
+            self.state.state2.absmax, self.state.state2.code, self.state.offset = nested
+
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weights (out, in) that the bits stand for."""
         weight = _bitsandbytes().dequantize_4bit(self.packed, self.state)
@@ -72,6 +82,14 @@ class FP8Linear(QuantizedLinear):
         bits, scale = to_fp8(weight)
         self.register_buffer("bits", bits, persistent=False)
         self.register_buffer("scale", scale.T.contiguous(), persistent=False)  # (1, out)
+
+    def frozen(self) -> list[Tensor]:
+        """The bits, and their scales."""
+        return [self.bits, self.scale]
+
+    def hold(self, frozen: list[Tensor]) -> None:
+        """Compute with these copies of ``frozen``."""
+        self.bits, self.scale = frozen
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weights (out, in) that the bits stand for."""

@@ -25,12 +25,12 @@ FREE = {
     "debug", "out_dir", "resume", "device", "devices", "micro_batch_size", "micro_batch_tokens", "max_time",
     "eval_interval", "save_interval", "save_minutes", "keep_last", "keep_best", "on_nonfinite", "sample_prompt",
     "checkpoint_dir", "data_dir", "max_iters", "epochs", "share_prefix", "activation_checkpointing", "compile",
-    "hardware", "threads", "torch", "lit_sft", "estimate", "rehearse", "timeout_minutes", "base_files",
+    "offload", "hardware", "threads", "torch", "lit_sft", "estimate", "rehearse", "timeout_minutes", "base_files",
 }  # fmt: skip
 # those of them that move the last bits
 PLACES = (
     "device", "devices", "micro_batch_size", "micro_batch_tokens", "share_prefix", "activation_checkpointing",
-    "compile", "hardware", "threads", "torch", "lit_sft",
+    "compile", "offload", "hardware", "threads", "torch", "lit_sft",
 )  # fmt: skip
 
 
@@ -74,7 +74,8 @@ def recorded(out_dir: Path) -> dict:
 
 def compare(before: dict, now: dict, out_dir: Path) -> None:
     """Say in a line what moves the last bits; InputError, with the difference, where something else is computed."""
-    moved = [f"{k} {now[k]} instead of {before[k]}" for k in PLACES if before.get(k, now[k]) != now[k]]
+    both = [k for k in PLACES if k in now and k in before]
+    moved = [f"{k} {now[k]} instead of {before[k]}" for k in both if before[k] != now[k]]
     if moved:
         tell(f"going on with {', '.join(moved)}: the same computation, equal to rounding")
     changed = [k for k in (now | before) if k not in FREE and before.get(k) != now.get(k)]

@@ -1,4 +1,4 @@
-"""Tensors to a GPU in one transfer, which the host does not wait for."""
+"""Tensors in one flat buffer, and so to a GPU in one transfer, which the host does not wait for."""
 
 from math import prod
 
@@ -22,7 +22,7 @@ def upload(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor
     """
     if device.type != "cuda":
         return {name: tensor.to(device) for name, tensor in tensors.items()}
-    return _unpack(_pack(tensors).pin_memory().to(device, non_blocking=True), tensors)
+    return unpack(pack(tensors, pinned=True).to(device, non_blocking=True), tensors)
 
 
 def _starts(tensors: dict[str, Tensor]) -> list[int]:
@@ -34,16 +34,15 @@ def _starts(tensors: dict[str, Tensor]) -> list[int]:
     return starts
 
 
-def _pack(tensors: dict[str, Tensor]) -> Tensor:
-    """All tensors in one buffer, (bytes,) uint8."""
-    starts = _starts(tensors)
-    buffer = torch.empty(starts[-1], dtype=torch.uint8)
-    for view, tensor in zip(_unpack(buffer, tensors).values(), tensors.values(), strict=True):
+def pack(tensors: dict[str, Tensor], device: str | torch.device = "cpu", pinned: bool = False) -> Tensor:
+    """Copy all tensors into one buffer, (bytes,) uint8; ``pinned``: where a GPU copies from without the host."""
+    buffer = torch.empty(_starts(tensors)[-1], dtype=torch.uint8, device=device, pin_memory=pinned)
+    for view, tensor in zip(unpack(buffer, tensors).values(), tensors.values(), strict=True):
         view.copy_(tensor)
     return buffer
 
 
-def _unpack(buffer: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+def unpack(buffer: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """Views of the buffer with the names, dtypes and shapes of ``like``."""
     views = {}
     for start, (name, tensor) in zip(_starts(like), like.items(), strict=False):

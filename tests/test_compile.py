@@ -52,10 +52,10 @@ def compile_lightly(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return use
 
 
-def quantize_model(model: GPT, kind: str) -> GPT:
-    """The same model with its blocks' linear layers in fewer bits."""
+def quantize_model(model: GPT, kind: str | None) -> GPT:
+    """The same model with its blocks' linear layers in fewer bits; None: as it is."""
     for name, parameter in list(model.named_parameters()):
-        if is_quantized(model, name):
+        if kind is not None and is_quantized(model, name):
             place_quantized(model, name, quantized(parameter.detach(), kind))
     return model
 

@@ -10,16 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from test_compile import quantize_model
 from test_loop import data, lora_args, read_metrics  # noqa: F401 (data is a fixture)
 from torch import Tensor
 
 from finetune import lora
 from lit_sft import kernels, load_model
+from lit_sft.args import LoRAArgs
 from lit_sft.attention import Layout, Scoring, packed_attention
 from lit_sft.batches import TrainSteps
+from lit_sft.config import ModelConfig
 from lit_sft.joined import join_products
 from lit_sft.loop import accumulate_gradients, train_step
 from lit_sft.lora import apply_lora, lora_state_dict
+from lit_sft.model import GPT
+from lit_sft.offload import stream_blocks
 from lit_sft.optim import build_optimizer, master_parameters
 from lit_sft.quantize import quantized
 from lit_sft.runtime import launch
@@ -231,6 +236,48 @@ def test_a_quantized_model_has_nearly_the_loss(
     exact, _ = gradients("cpu", data_dir, base, torch.float64)
     loss, found = gradients(device, data_dir, base, torch.bfloat16, quantize=kind)
     assert abs(loss - exact) < most * exact and found.isfinite().all() and found.norm() > 0
+
+
+# --- streamed blocks ---
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("kind", [None, "fp8", "nf4-dq"])
+def test_streamed_blocks_wait_for_their_weights(device: str, kind: str | None, joined: bool) -> None:
+    """Short rows over wide blocks, whose copies take longer than the computation: as the resident model has it."""
+    width = 2048 if device == "cuda" else 64
+    shape = {"n_embd": width, "n_layer": 6, "n_head": 8, "n_query_groups": 8, "head_size": width // 8}
+    config = ModelConfig(block_size=256, vocab_size=300, intermediate_size=3 * width, **shape)
+    found = []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        model = quantize_model(GPT(config).to(device, torch.bfloat16).requires_grad_(False), kind)
+        apply_lora(model, LoRAArgs(), seed=0)
+        for number, parameter in enumerate(lora_state_dict(model).values()):
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)).to(device)
+            parameter.data *= 0.02
+        model.checkpoint_every = 1
+        if joined:
+            join_products(model)
+        if offload:
+            streamed = stream_blocks(model)
+            assert all(block.buffer.is_pinned() == (device == "cuda") for block in streamed.blocks)
+        model.train()
+        losses = []
+        for number in range(6):
+            ids = torch.randint(0, 300, (1, 48), generator=torch.Generator().manual_seed(number)).to(device)
+            # of sums: the mean square of normed states is always the same
+            loss = model.hidden_states(ids, Layout([20, 28])).float().cumsum(1).square().mean()
+            loss.backward()
+            losses.append(loss.detach())
+            with torch.no_grad():
+                losses.append(model.eval()(ids).float().cumsum(1).square().mean())
+            model.train()
+        grads = torch.cat([p.grad.flatten() for p in lora_state_dict(model).values()])
+        found.append((torch.stack(losses), grads))
+    for ours, theirs in zip(*found, strict=True):
+        assert theirs.norm() > 0
+        assert (ours - theirs).norm() <= (0 if device == "cpu" else 1e-2) * theirs.norm()
 
 
 # --- runs ---
