@@ -35,10 +35,15 @@ class Joined:
 
     def __init__(self, layers: list[nn.Module]) -> None:
         """``layers``: with a base of the same kind, none with dropout; changed in place."""
+        from torch._dynamo import mark_static  # whose import takes a second
+
         self.bases = [layer.base if isinstance(layer, LoRALinear) else layer for layer in layers]
         self.adapters = [layer if isinstance(layer, LoRALinear) else None for layer in layers]
         self.sizes = [base.out_features for base in self.bases]
         self.product, self.frozen = _joined_product(self.bases, self.sizes)
+        self.products = [self]
+        for tensor in self.frozen:
+            mark_static(tensor)  # to the compiler, as a layer's own parameters are
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """(…, K) → each layer's (…, out)."""
@@ -84,7 +89,7 @@ class JoinedHeads:
     """Queries, keys and values of an attention layer from one product."""
 
     def __init__(self, attn: CausalSelfAttention, product: Joined) -> None:
-        self.attn, self.product = attn, product
+        self.attn, self.product, self.products = attn, product, [product]
         self.n_head, self.n_groups = (size // attn.head_size for size in product.sizes[:2])
         self.plain = attn.has_rope and all(isinstance(n, nn.Identity) for n in (attn.query_norm, attn.key_norm))
 
@@ -104,6 +109,7 @@ class JoinedMLP:
 
     def __init__(self, mlp: MLP, gate_up: Joined, down: Joined) -> None:
         self.gate_up, self.down, self.activation = gate_up, down, mlp.activation_name
+        self.products = [gate_up, down]
 
     def __call__(self, x: Tensor) -> Tensor:
         """(…, C) → (…, C)."""

@@ -175,7 +175,8 @@ class Copies:
 
 def _parts(block: Block) -> list[Part]:
     """The linear layers of a block, those that compute as one product together; without a router, which is small."""
-    joined = [module.joined for module in block.modules() if getattr(module, "joined", None) is not None]
+    fast = [module.joined for module in block.modules() if getattr(module, "joined", None) is not None]
+    joined = [product for way in fast for product in way.products]
     inside = [base for product in joined for base in product.bases]
     linears = [
         module
