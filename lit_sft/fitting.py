@@ -73,12 +73,33 @@ class Plan:
     def needed(self, args: TrainArgs) -> tuple[Memory, Row, int]:
         """What the tensors take, the heaviest row, and the peak of the whole in bytes."""
         row = self.row(args)
-        memory = measure(args, self.config, row, min(self.n_prompt, row.input_ids.numel()))
+        measured, gathered = row, 0
+        if self.device == "cuda" and self._in_one_kernel(args):
+            # what is measured is a CPU's attention, which keeps more the more segments there are; this keeps as of one
+            measured = replace(row, layout=Layout([row.input_ids.numel()]))
+            gathered = self._gathered(row, args)
+        memory = measure(args, self.config, measured, min(self.n_prompt, row.input_ids.numel()))
+        memory = replace(memory, train=memory.train + gathered)
         fixed = memory.weights + memory.trained + memory.optimizer
         held = self._logits(args)
         if self.device == "cpu":
             held = resident_memory() + self._libraries(args) + memory.host
         return memory, row, int(held + fixed + (memory.peak - fixed) * (1 + self._slack(args)))
+
+    def _in_one_kernel(self, args: TrainArgs) -> bool:
+        """Whether a GPU attends within all segments of a row at once, and over all keys up to the query's own."""
+        config = self.config
+        masked = config.attention_softcap is not None or config.alibi or any(config.sliding_layers)
+        return args.precision in ("bf16-true", "bf16-mixed") and not masked
+
+    def _gathered(self, row: Row, args: TrainArgs) -> int:
+        """Bytes of the keys and values that a GPU keeps for backward again for each segment that sees them."""
+        n_again = sum(row.layout.n_keys()) - row.input_ids.numel()
+        one = 2 * self.config.n_query_groups * self.config.head_size * torch.bfloat16.itemsize
+        n_layers = self.config.n_layer
+        if args.checkpoint_every:  # the others are computed one at a time
+            n_layers = n_layers - -(-n_layers // args.checkpoint_every) + 1
+        return n_again * one * n_layers
 
     def _slack(self, args: TrainArgs) -> float:
         if self.device != "cpu":
