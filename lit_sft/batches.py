@@ -176,10 +176,10 @@ class Ahead:
 
     def __init__(self, steps: TrainSteps, device: torch.device) -> None:
         self.steps, self.device = steps, device
-        self.made: Step | None = None
+        self.taken, self.made = 0, None
 
     def prepare(self, number: int) -> None:
-        """Make step ``number``, if the run has one, for the next ``take``."""
+        """Make step ``number``, if the run has one, for a later ``take``."""
         if number > self.steps.max_steps:
             self.made = None
             return
@@ -192,7 +192,12 @@ class Ahead:
         """Step ``number``, made before or now."""
         if self.made is None or self.made.number != number:
             self.prepare(number)
+        self.taken = number
         return self.made
+
+    def prepare_next(self) -> None:
+        """Make the step after the one last taken."""
+        self.prepare(self.taken + 1)
 
 
 class RowPlan(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,14 +65,13 @@ def fit(
     save.begin(done)
     metrics = Metrics(Path(args.out_dir), done, train_steps.max_steps, quiet=not fabric.is_global_zero)
     n_skipped = int(*reduce(fabric, "max", metrics.n_skipped))
-    started = saved = time.perf_counter()
-    number = done  # all is done where a kill fell between last save and result
+    started, ahead = time.perf_counter(), Ahead(train_steps, fabric.device)
+    saved, number = started, done  # all is done where a kill fell between last save and result
     with StopSignals() as signals:
-        ahead = Ahead(train_steps, fabric.device)
         for number in range(done + 1, train_steps.max_steps + 1):
-            step, prepare_next = ahead.take(number), partial(ahead.prepare, number + 1)
+            step = ahead.take(number)
             try:
-                record = train_step(fabric, model, optimizer, lr_at(number), step, args, dropout, prepare_next)
+                record = train_step(fabric, model, optimizer, lr_at(number), step, args, dropout, ahead.prepare_next)
             except (FloatingPointError, MemoryError) as error:
                 metrics.close()
                 where = save(number - 1)
@@ -179,7 +177,6 @@ def train_step(
     if skipped and args.on_nonfinite == "stop":
         raise FloatingPointError(f"step {step.number}: loss {loss}, gradient norm {grad_norm}")
     seconds = time.perf_counter() - started
-    n_positions = sum(row.input_ids.numel() for row in step.rows)
     return {
         "step": step.number,
         "epoch": step.epoch,
@@ -189,11 +186,17 @@ def train_step(
         "n_labels": step.n_labels,
         "n_tokens": step.n_tokens,
         "tokens_per_s": step.n_tokens / seconds,
-        "padding_share": 1 - sum(sum(row.layout.lengths) for row in step.rows) / n_positions if n_positions else 0.0,
+        "padding_share": _padding_share(step.rows),
         "peak_mem_bytes": peak_memory(fabric.device),
         "seconds": seconds,
         **({"skipped": True} if skipped else {}),
     }
+
+
+def _padding_share(rows: list[Row]) -> float:
+    """Of the positions that were computed; 0 where there are none."""
+    n_positions = sum(row.input_ids.numel() for row in rows)
+    return 1 - sum(sum(row.layout.lengths) for row in rows) / n_positions if n_positions else 0.0
 
 
 def _explain(

@@ -2,7 +2,7 @@
 
 Autograd keeps what each operation needs backward. Where a linear layer's adapter needs a normed or activated input, the
 value is twice in memory: that input, and what it was made of. Within ``recomputing`` only the latter is kept.
-Compiled blocks need none of this: the compiler's partitioner decides likewise by itself.
+Compiled blocks need none of this: with the switch that ``GPT.compile_blocks`` sets, the compiler decides likewise.
 """
 
 from collections.abc import Callable, Iterator
