@@ -231,7 +231,7 @@ def make_row(shards: Shards, plan: RowPlan) -> Row:
         positions.append(where[labelled])
         labels.append(ids[labelled + 1])
     positions, labels, counts = torch.cat(positions), torch.cat(labels), None
-    if layout.parents:  # a shared label is computed once, and counts as often as there are examples that have it
+    if layout.shares:  # a shared label is computed once, and counts as often as there are examples that have it
         n_ids = int(input_ids.max()) + 1
         # position and label in one number: pairs as rows of a matrix take ten times as long
         pairs, counts = (positions * n_ids + labels).unique(return_counts=True)
