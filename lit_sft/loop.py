@@ -104,8 +104,7 @@ def fit(
             if exit_code and not last:
                 metrics.close()
                 same = "the same command" if args.resume == "auto" else "the command without --resume"
-                text = f"stopped by a signal {reached}; saved {where}; {same} goes on from there"
-                raise Interrupted(text, int(exit_code))
+                raise Interrupted(f"stopped by a signal {reached}; saved {where}; {same} goes on from there", int(exit_code))
             if late and not last:
                 metrics.say(f"--max_time reached {reached}; saved {where}")
                 break
@@ -151,9 +150,8 @@ def train_step(
         loss = torch.tensor(total, dtype=torch.float32 if fabric.device.type == "mps" else torch.float64)
     if n_too_large:
         optimizer.zero_grad()
-        raise MemoryError(
-            f"step {step.number} does not fit into the memory of {'this' if too_large else 'another'} device"
-        )
+        whose = "this" if too_large else "another"
+        raise MemoryError(f"step {step.number} does not fit into the memory of {whose} device")
     precision = fabric.strategy.precision  # which scales losses and gradients under fp16
     scaler_copes = args.precision == "16-mixed"  # it skips an update that overflowed and lowers its scale
     if scaler_copes and not step.rows:
