@@ -131,11 +131,7 @@ class GPT(nn.Module):
         else:
             positions, whole, _ = layout.on(x.device)
             longest = max(layout.n_keys())
-            if (
-                self.config.rope_type == "longrope"
-                and layout.shares
-                and longest > self.config.rope_original_block_size
-            ):
+            if self.config.rope_type == "longrope" and layout.shares and longest > self.config.rope_original_block_size:
                 raise ValueError(
                     "with longrope a token of a long example turns otherwise than the same one of a short one"
                 )
