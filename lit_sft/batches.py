@@ -52,9 +52,9 @@ class Row:
         if self.input_ids.device == device and device.type != "cpu":
             return self
         own = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
-        of_layout = self.layout.tensors()
+        of_layout = {f"layout.{name}": x for name, x in self.layout.tensors().items()}  # both have positions
         moved = upload(own | of_layout, device)
-        self.layout.place({name: moved.pop(name) for name in of_layout})
+        self.layout.place({name.partition(".")[2]: moved.pop(name) for name in of_layout})
         return replace(self, **moved)
 
 
