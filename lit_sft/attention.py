@@ -38,7 +38,17 @@ class Layout:
     """Tokens of each segment, adding up to the row's."""
     parents: list[int | None] | None = None
     """The segment that each continues, always an earlier one; None: it begins an example. None for all: as it says."""
-    _placed: dict[torch.device, "Placed"] = field(default_factory=dict, repr=False, compare=False)
+    _placed: dict[torch.device, "Placed"] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def shares(self) -> bool:
+        """Whether a segment continues another."""
+        return any(parent is not None for parent in self.parents or ())
+
+    def check(self, row: tuple[int, int]) -> None:
+        """ValueError where this is no layout of a row (B, T): its examples could not be kept apart."""
+        if row != (1, sum(self.lengths)):
+            raise ValueError(f"segments of {sum(self.lengths)} tokens are no layout of a row of {row}")
 
     @cached_property
     def chains(self) -> list[list[int]]:
@@ -71,7 +81,7 @@ class Layout:
         tensors = {"positions": self.positions(), "totals": self.totals()}
         for name, lengths in ends.items():
             tensors[name] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        if self.parents:
+        if self.shares:
             tensors |= self._keys()
         return tensors
 
@@ -101,7 +111,7 @@ class Layout:
 
     def place(self, tensors: dict[str, Tensor]) -> None:
         """Keep ``tensors()`` as they were moved to a device, for ``on``."""
-        keys = Keys(*(tensors[name] for name in Keys._fields)) if self.parents else None
+        keys = Keys(*(tensors[name] for name in Keys._fields)) if self.shares else None
         spans = Spans(tensors["query_ends"], tensors["key_ends"], max(self.lengths), max(self.n_keys()), keys)
         self._placed[spans.query_ends.device] = Placed(tensors["positions"], tensors["totals"], spans)
 
@@ -175,8 +185,7 @@ def packed_attention(
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
     if isinstance(layout, Spans):
         return varlen_attention(query, key, value, layout, scoring)
-    if query.shape[0] != 1 or sum(layout.lengths) != query.shape[2]:
-        raise ValueError(f"segments of {sum(layout.lengths)} tokens are no layout of a row of {tuple(query.shape)}")
+    layout.check((query.shape[0], query.shape[2]))
     if takes_spans(query.device, query.dtype, query.shape[3], scoring):
         return varlen_attention(query, key, value, layout.on(query.device).spans, scoring)
     if len(layout.lengths) == 1:

@@ -52,9 +52,9 @@ class Row:
         if self.input_ids.device == device and device.type != "cpu":
             return self
         own = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
-        of_layout = self.layout.tensors()
+        of_layout = {f"layout.{name}": x for name, x in self.layout.tensors().items()}  # both have positions
         moved = upload(own | of_layout, device)
-        self.layout.place({name: moved.pop(name) for name in of_layout})
+        self.layout.place({name.partition(".")[2]: moved.pop(name) for name in of_layout})
         return replace(self, **moved)
 
 
@@ -236,7 +236,7 @@ def make_row(shards: Shards, plan: RowPlan) -> Row:
         positions.append(where[labelled])
         labels.append(ids[labelled + 1])
     positions, labels, counts = torch.cat(positions), torch.cat(labels), None
-    if layout.parents:  # a shared label is computed once, and counts as often as there are examples that have it
+    if layout.shares:  # a shared label is computed once, and counts as often as there are examples that have it
         n_ids = int(input_ids.max()) + 1
         # position and label in one number: pairs as rows of a matrix take ten times as long
         pairs, counts = (positions * n_ids + labels).unique(return_counts=True)

@@ -98,6 +98,8 @@ def _(y: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_groups: int) -> tuple[
 @torch.library.custom_op("lit_sft::join_heads", mutates_args=())
 def _join_heads(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The gradient of ``split_heads``'s y: queries' and keys' turned back, side by side with the values'."""
+    # attention by segments leaves its gradients head by head in memory, which ``turn`` does not read
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     heads = [query.shape[1], key.shape[1], value.shape[1]]
     y = torch.empty(query.shape[0], sum(heads), query.shape[2], dtype=query.dtype, device=query.device)
     for source, target, turned in zip((query, key, value), y.split(heads, dim=1), (True, True, False), strict=True):

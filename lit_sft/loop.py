@@ -93,17 +93,16 @@ def fit(
             now = time.perf_counter()
             late = args.max_time is not None and now - started > args.max_time
             due = args.save_minutes is not None and now - saved > 60 * args.save_minutes
-            exit_code, late, due = reduce(fabric, "max", signals.exit_code, late, due)
-            if not (last or exit_code or late or due or best or number % args.save_interval == 0):
+            code, late, due = reduce(fabric, "max", signals.exit_code, late, due)
+            if not (last or code or late or due or best or number % args.save_interval == 0):
                 continue
             metrics.flush()
             where, saved = save(number), time.perf_counter()
             reached = f"after step {number} of {train_steps.max_steps}"
-            if exit_code and not last:
+            if code and not last:
                 metrics.close()
                 same = "the same command" if args.resume == "auto" else "the command without --resume"
-                text = f"stopped by a signal {reached}; saved {where}; {same} goes on from there"
-                raise Interrupted(text, int(exit_code))
+                raise Interrupted(f"stopped by a signal {reached}; saved {where}; {same} goes on from there", int(code))
             if late and not last:
                 metrics.say(f"--max_time reached {reached}; saved {where}")
                 break
@@ -149,9 +148,8 @@ def train_step(
         loss = torch.tensor(total, dtype=torch.float32 if fabric.device.type == "mps" else torch.float64)
     if n_too_large:
         optimizer.zero_grad()
-        raise MemoryError(
-            f"step {step.number} does not fit into the memory of {'this' if too_large else 'another'} device"
-        )
+        whose = "this" if too_large else "another"
+        raise MemoryError(f"step {step.number} does not fit into the memory of {whose} device")
     precision = fabric.strategy.precision  # which scales losses and gradients under fp16
     scaler_copes = args.precision == "16-mixed"  # it skips an update that overflowed and lowers its scale
     if scaler_copes and not step.rows:

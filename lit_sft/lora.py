@@ -151,8 +151,11 @@ def lora_state_dict(model: GPT) -> dict[str, Tensor]:
 def merge_lora(model: GPT) -> None:
     """Add each adapter to its base weight, computed in fp32 or better, and put plain linear layers back, in place.
 
-    A head that shares its tensor with the embedding gets one of its own: only the head was adapted.
+    A head that shares its tensor with the embedding gets one of its own: only the head was adapted. Joined products and
+    grouped experts are parted: they would go on to compute with what there was before.
     """
+    for module, way in [(m, way) for m in model.modules() for way in ("joined", "grouped") if hasattr(m, way)]:
+        setattr(module, way, None)
     for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]:
         merged = nn.Linear(module.in_features, module.out_features, bias=module.base.bias is not None, device="meta")
         weight = module.base.weight.to(module.lora_A) + module.delta()

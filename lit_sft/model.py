@@ -115,6 +115,7 @@ class GPT(nn.Module):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         scoring = self.blocks[0].attn.scoring
         if takes_spans(x.device, dtype, self.config.head_size, scoring):
+            layout.check(tuple(x.shape[:2]))  # offsets alone do not say how long the row is
             return layout.on(x.device).spans
         return layout
 
@@ -130,11 +131,7 @@ class GPT(nn.Module):
         else:
             positions, whole, _ = layout.on(x.device)
             longest = max(layout.n_keys())
-            if (
-                self.config.rope_type == "longrope"
-                and layout.parents
-                and longest > self.config.rope_original_block_size
-            ):
+            if self.config.rope_type == "longrope" and layout.shares and longest > self.config.rope_original_block_size:
                 raise ValueError(
                     "with longrope a token of a long example turns otherwise than the same one of a short one"
                 )

@@ -2,16 +2,19 @@
 
 import pytest
 import torch
+from test_model import make_model
 from torch import Tensor
+from torch.library import opcheck
 
-from lit_sft import attention
-from lit_sft.attention import Layout, Scoring, packed_attention
+from lit_sft import attention, model
+from lit_sft.attention import Layout, Scoring, add_up_rows, gather_rows, packed_attention
 
 LAYOUTS = {
     "examples": Layout([5, 1, 7]),
     "one example": Layout([13]),
     "a shared prefix": Layout([4, 3, 5, 1], [None, 0, 0, None]),
     "nested prefixes": Layout([3, 2, 4, 1, 3], [None, 0, 1, 1, 0]),
+    "three deep": Layout([4, 3, 1, 2, 2, 1], [None, 0, 1, 2, 2, 1]),
 }
 
 
@@ -81,6 +84,41 @@ def test_what_cannot_be_kept_apart_is_refused() -> None:
     for query, layout in ((x, Layout([3, 2])), (x.expand(2, 2, 6, 8), Layout([3, 3]))):
         with pytest.raises(ValueError, match="are no layout of a row"):
             packed_attention(query, query, query, layout, Scoring(scale=1.0))
+
+
+@pytest.mark.parametrize("spans", [False, True])
+def test_a_row_of_another_length_than_its_layout_is_refused(spans: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one kernel takes all segments too: offsets do not say how long a row is, nor of how many rows."""
+    monkeypatch.setattr(model, "takes_spans", lambda *_: spans)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda query, *_, **__: torch.zeros_like(query))
+    gpt = make_model(n_head=4, n_query_groups=2)
+    assert gpt.hidden_states(torch.ones(1, 6, dtype=torch.int64), Layout([4, 2])).shape[1] == 6
+    for shape, lengths in (((1, 6), [1]), ((2, 6), [4, 2])):
+        with pytest.raises(ValueError, match="are no layout of a row"):
+            gpt.hidden_states(torch.ones(shape, dtype=torch.int64), Layout(lengths))
+
+
+def test_a_layout_whose_segments_all_begin_an_example_is_one_without_parents() -> None:
+    for begun in (Layout([3, 2], [None, None]), Layout([3, 2])):
+        placed = begun.on(torch.device("cpu"))
+        assert placed.spans.keys is None and placed.positions.tolist() == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.parents])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gathered_rows_are_what_the_compiler_takes_them_for(name: str, dtype: torch.dtype) -> None:
+    keys = LAYOUTS[name].on(torch.device("cpu")).spans.keys
+    x = torch.randn(13, 2, 8, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    opcheck(gather_rows, (x, *keys))
+    opcheck(add_up_rows, (torch.randn(len(keys.index), 2, 8).to(dtype), *keys[1:]))
+
+
+def test_rows_gathered_often_are_added_up_in_fp32() -> None:
+    """A thousand examples that begin alike: in bf16 the sum would stop where a part is below half its last bit."""
+    layout = Layout([1] + [1] * 1000, [None] + [0] * 1000)
+    keys = layout.on(torch.device("cpu")).spans.keys
+    grad = torch.ones(len(keys.index), 1, 1, dtype=torch.bfloat16)
+    assert add_up_rows(grad, *keys[1:])[0, 0, 0] == torch.tensor(1001.0).bfloat16()
 
 
 @pytest.mark.parametrize("lengths", [[9, 4], [700, 600]])

@@ -1,6 +1,8 @@
 """Every family and variant against transformers: tiny, random, norms and biases moved off their neutral values."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +52,16 @@ def token_ids(n: int = LENGTH, batch: int = 2, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, SHAPE["vocab_size"], (batch, n), generator=torch.Generator().manual_seed(seed))
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @torch.no_grad()
 def logits_of(reference: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return reference(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
@@ -62,6 +74,11 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, name: str) -> None:
     model = load_model(convert_dir(tmp_path))
     with torch.no_grad():
         assert (model(token_ids()) - expected).abs().max() < 1e-5
+        # what a run in bf16-true has around it: every tensor's dtype is said where it is made
+        plain = model(token_ids()), model.hidden_states(token_ids(batch=1), Layout([70, 26]))
+        with default_dtype(torch.bfloat16):
+            again = model(token_ids()), model.hidden_states(token_ids(batch=1), Layout([70, 26]))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(again, plain, strict=True))
     weights = model.state_dict()
     if model.config.tie_embeddings:
         del weights["lm_head.weight"]  # without the tie it would be another

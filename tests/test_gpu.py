@@ -4,25 +4,27 @@ On a machine with a GPU: python -m pytest -m gpu
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from test_compile import quantize_model
-from test_loop import data, lora_args, read_metrics  # noqa: F401 (data is a fixture)
-from torch import Tensor
+from spans import stand_in
+from test_compile import compile_lightly, quantize_model  # noqa: F401 (the first is a fixture)
+from test_loop import Waits, data, lora_args, read_metrics  # noqa: F401 (data is a fixture)
+from torch import Tensor, nn
 
 from finetune import lora
 from lit_sft import kernels, load_model
 from lit_sft.args import LoRAArgs
-from lit_sft.attention import Layout, Scoring, packed_attention
-from lit_sft.batches import TrainSteps
+from lit_sft.attention import Layout, Scoring, packed_attention, varlen_attention
+from lit_sft.batches import Ahead, TrainSteps
 from lit_sft.config import ModelConfig
-from lit_sft.joined import join_products
+from lit_sft.joined import Joined, join_products
 from lit_sft.loop import accumulate_gradients, train_step
-from lit_sft.lora import apply_lora, lora_state_dict
+from lit_sft.lora import LoRALinear, apply_lora, lora_state_dict
 from lit_sft.model import GPT
 from lit_sft.offload import stream_blocks
 from lit_sft.optim import build_optimizer, master_parameters
@@ -36,6 +38,21 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds n
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def needs(kind: str | None) -> None:
+    """Skip where the library is missing that the weights of ``kind`` need."""
+    if kind is not None and kind.startswith("nf4"):
+        pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture
+def whole_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention of all segments at once: a GPU's kernel, or on a CPU what stands in for it."""
+    if device == "cpu":
+        for module in ("attention", "model"):
+            monkeypatch.setattr(f"lit_sft.{module}.takes_spans", lambda *_: True)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
 
 
 # --- attention ---
@@ -94,13 +111,39 @@ def test_attention_within_examples(
         assert (found.double().cpu() - wanted).norm() < tolerance * wanted.norm()
 
 
+@pytest.mark.usefixtures("whole_rows")
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("parents", [None, [None, 0, 1, 1, None]])
+def test_one_kernel_takes_fewer_key_heads_as_they_are(device: str, groups: int, parents: list | None) -> None:
+    """Not repeated for it, whether or not it has to be told of them."""
+    layout, scoring = Layout([9, 1, 14, 23, 6], parents), Scoring(scale=1 / math.sqrt(16))
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, n, 53, 16) for n in (4, groups, groups, 4)]
+    *inputs, upstream = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+    exact = [x.double().requires_grad_() for x in inputs]
+    expected = one_by_one(*exact, layout, scoring)
+    expected.backward(upstream.double())
+    here = [x.to(device).requires_grad_() for x in inputs]
+    mixed = varlen_attention(*here, layout.on(here[0].device).spans, scoring)
+    mixed.backward(upstream.to(device))
+    for found, wanted in zip([mixed, *(x.grad for x in here)], [expected, *(x.grad for x in exact)], strict=True):
+        assert found.shape == wanted.shape and found.dtype == torch.bfloat16
+        assert (found.double().cpu() - wanted).norm() < 0.02 * wanted.norm()
+
+
 # --- the model ---
 
 
 def gradients(
-    device: str, data_dir: Path, base: Path, dtype: torch.dtype, joined: bool = False, **settings: object
+    device: str,
+    data_dir: Path,
+    base: Path,
+    dtype: torch.dtype,
+    joined: bool = False,
+    compiled: bool | None = None,
+    **settings: object,
 ) -> tuple[float, Tensor]:
-    """Loss and all adapter gradients of the first step, the adapters' B moved off zero."""
+    """Loss and all adapter gradients of the first step, the adapters' B moved off zero; compiled if joined on a GPU."""
     precision = {torch.float64: "64-true", torch.float32: "32-true", torch.bfloat16: "bf16-true"}[dtype]
     args = lora_args(data_dir, Path("unused"), device=device, precision=precision, **settings)
     fabric = launch(args)
@@ -114,7 +157,7 @@ def gradients(
     if joined:
         join_products(model)
         torch._dynamo.reset()
-    if joined and device == "cuda":
+    if compiled if compiled is not None else joined and device == "cuda":
         model.compile_blocks()
     model.train()
     step = TrainSteps(Shards(data_dir, "train"), args, share_prefix=args.share_prefix)[1]
@@ -151,6 +194,42 @@ def test_joined_and_compiled_rows_are_their_examples_in_fp64(
     loss, found = gradients(device, data_dir, base, torch.bfloat16, joined=True, **settings)
     assert loss == pytest.approx(expected, rel=5e-3)
     assert (found - exact).norm() < 0.06 * exact.norm()
+
+
+@pytest.mark.usefixtures("whole_rows")
+@pytest.mark.parametrize("share", [False, True])
+def test_a_compiled_step_is_the_eager_one(
+    data: tuple[Path, Path],  # noqa: F811
+    device: str,
+    share: bool,
+    compile_lightly: Callable[[str], None],  # noqa: F811
+) -> None:
+    """In bf16-true, joined, blocks recomputed: the same but for what bf16 rounds otherwise."""
+    base, data_dir = data
+    if device == "cpu":
+        compile_lightly("aot_eager")
+    settings = {"micro_batch_tokens": 900, "share_prefix": share, "activation_checkpointing": "2", "joined": True}
+    expected, eager = gradients(device, data_dir, base, torch.bfloat16, compiled=False, **settings)
+    loss, found = gradients(device, data_dir, base, torch.bfloat16, compiled=True, **settings)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert loss == pytest.approx(expected, rel=5e-3)
+    assert (found - eager).norm() < 0.06 * eager.norm()
+
+
+@pytest.mark.parametrize("head_size", [16, 12])
+def test_joined_rows_by_segments_are_their_examples_in_fp64(
+    checkpoint: Callable[..., Path],
+    data: tuple[Path, Path],  # noqa: F811
+    device: str,
+    head_size: int,
+) -> None:
+    """In fp32, which no kernel takes whole: each segment's attention leaves its gradients head by head in memory."""
+    base = checkpoint("narrow", hidden_size=64, head_dim=head_size)
+    expected, exact = gradients("cpu", data[1], base, torch.float64, micro_batch_size=1, share_prefix=False)
+    settings = {"micro_batch_tokens": 900, "joined": True, "compiled": False}
+    loss, found = gradients(device, data[1], base, torch.float32, **settings)
+    assert loss == pytest.approx(expected, rel=1e-4)
+    assert (found - exact).norm() < 1e-3 * exact.norm()
 
 
 @pytest.mark.parametrize("recompute", ["all", "2"])
@@ -209,6 +288,7 @@ def test_the_transposed_bits_of_a_layer(device: str, shape: tuple[int, int]) -> 
 @pytest.mark.parametrize(("kind", "error"), [("fp8", 0.045), ("nf4", 0.11), ("nf4-dq", 0.11)])
 def test_a_quantized_layer(device: str, kind: str, error: float) -> None:
     """One product and its gradient in bf16, against fp64; and that an error is there at all."""
+    needs(kind)
     generator = torch.Generator().manual_seed(0)
     x, weight, upstream = (torch.randn(shape, generator=generator) for shape in ((96, 256), (192, 256), (96, 192)))
     weight = weight / 16
@@ -226,6 +306,7 @@ def test_a_quantized_layer(device: str, kind: str, error: float) -> None:
 def test_a_quantized_model_has_nearly_the_loss(
     checkpoint: Callable[..., Path], tmp_path: Path, device: str, kind: str, most: float
 ) -> None:
+    needs(kind)
     base = checkpoint("wide", hidden_size=128, intermediate_size=256, initializer_range=0.09)
     from lit_sft.prepare import prepare
     from lit_sft.prepare_args import PrepareArgs
@@ -238,6 +319,37 @@ def test_a_quantized_model_has_nearly_the_loss(
     assert abs(loss - exact) < most * exact and found.isfinite().all() and found.norm() > 0
 
 
+@pytest.mark.parametrize(("kind", "error"), [(None, 0.01), ("fp8", 0.045), ("nf4", 0.01), ("nf4-dq", 0.01)])
+def test_layers_joined_in_one_product(device: str, kind: str | None, error: float) -> None:
+    """In bf16: forward, the input's gradient and the adapters', against fp64 with the stored weights."""
+    needs(kind)
+    generator = torch.Generator().manual_seed(0)
+    layers, exact = [], []
+    x = torch.randn(1, 96, 256, generator=generator).bfloat16()
+    exact_x, here = x.double().requires_grad_(), x.to(device).requires_grad_()
+    for size in (128, 64, 64):
+        weight = (torch.randn(size, 256, generator=generator) / 16).to(device, torch.bfloat16)
+        base = nn.Linear(256, size, bias=False, device="meta") if kind is None else quantized(weight, kind)
+        if kind is None:
+            base.weight = nn.Parameter(weight, requires_grad=False)
+        layer = LoRALinear(base, LoRAArgs(lora_r=16), None, 0)
+        for part in (layer.lora_A, layer.lora_B):
+            part.data = (torch.randn(part.shape, generator=generator) / 16).bfloat16().float().to(device)
+        A, B = (p.detach().double().cpu().requires_grad_() for p in (layer.lora_A, layer.lora_B))
+        stored = (weight if kind is None else base.weight(torch.float32)).double().cpu()
+        exact.append((A, B, exact_x @ stored.T + exact_x @ A.T * layer.scaling @ B.T))
+        layers.append(layer)
+    y, expected = torch.cat(Joined(layers)(here), -1), torch.cat([whole for *_, whole in exact], -1)
+    upstream = torch.randn(y.shape, generator=generator).bfloat16()
+    y.backward(upstream.to(device))
+    expected.backward(upstream.double())
+    pairs = [(y, expected), (here.grad, exact_x.grad)]
+    pairs += [(p.grad, q.grad) for n, (A, B, _) in enumerate(exact)
+              for p, q in ((layers[n].lora_A, A), (layers[n].lora_B, B))]  # fmt: skip
+    for number, (found, wanted) in enumerate(pairs):
+        assert (found.double().cpu() - wanted).norm() < (error if number < 2 else 0.01) * wanted.norm(), number
+
+
 # --- streamed blocks ---
 
 
@@ -245,6 +357,7 @@ def test_a_quantized_model_has_nearly_the_loss(
 @pytest.mark.parametrize("kind", [None, "fp8", "nf4-dq"])
 def test_streamed_blocks_wait_for_their_weights(device: str, kind: str | None, joined: bool) -> None:
     """Short rows over wide blocks, whose copies take longer than the computation: as the resident model has it."""
+    needs(kind)
     width = 2048 if device == "cuda" else 64
     shape = {"n_embd": width, "n_layer": 6, "n_head": 8, "n_query_groups": 8, "head_size": width // 8}
     config = ModelConfig(block_size=256, vocab_size=300, intermediate_size=3 * width, **shape)
@@ -281,6 +394,44 @@ def test_streamed_blocks_wait_for_their_weights(device: str, kind: str | None, j
 
 
 # --- runs ---
+
+
+@pytest.mark.usefixtures("whole_rows")
+@pytest.mark.parametrize("share", [False, True])
+def test_the_host_waits_for_the_gpu_once_a_step(
+    data: tuple[Path, Path],  # noqa: F811
+    device: str,
+    share: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As torch itself counts it on a GPU; on a CPU by the operations that would wait."""
+    base, data_dir = data
+    args = lora_args(data_dir, Path("unused"), device=device, precision="bf16-true", micro_batch_tokens=900)
+    fabric, steps = launch(args), TrainSteps(Shards(data_dir, "train"), args, share_prefix=share)
+    model = load_model(base, dtype=torch.bfloat16, device=fabric.device)
+    apply_lora(model, args, args.seed)
+    join_products(model)
+    optimizer, ahead = build_optimizer(model, master_parameters(model), args), Ahead(steps, fabric.device)
+    for number in (1, 2):
+        step, events = ahead.take(number), []
+        ahead.prepare(number + 1)
+        with warnings.catch_warnings(record=True) as noted:
+            if device == "cpu":
+                for row in step.rows:
+                    row.to(fabric.device)
+                monkeypatch.setattr("lit_sft.batches.Row.to", lambda self, device: self)
+                monkeypatch.setattr("lit_sft.attention.varlen_attention", lambda q, k, v, *_: q + (k.sum() + v.sum()))
+                with Waits(events, monkeypatch):
+                    train_step(fabric, model, optimizer, 1e-3, step, args, None)
+                break
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn" if number == 2 else "default")
+            try:
+                train_step(fabric, model, optimizer, 1e-3, step, args, None)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        events = [str(warning.message) for warning in noted if "synchronizing" in str(warning.message)]
+    assert len(events) == 1, events
 
 
 def test_learning(data: tuple[Path, Path], device: str) -> None:  # noqa: F811

@@ -14,16 +14,19 @@ import pytest
 import torch
 from conftest import ROOT, make_hf_llama
 from lightning.fabric import Fabric
+from spans import spans_on_a_cpu  # noqa: F401 (a fixture)
 from test_lora import filled_adapter, to_peft
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune import full, lora
 from lit_sft import load_model
 from lit_sft.args import ConvertArgs, FullTrainArgs, LoRAArgs, LoRATrainArgs
 from lit_sft.atomic import Manifest
-from lit_sft.batches import TrainSteps, ValRows
+from lit_sft.batches import Ahead, Row, TrainSteps, ValRows
 from lit_sft.checkpoint import load_adapter
 from lit_sft.convert import convert_checkpoint
 from lit_sft.errors import InputError, RunFailed
+from lit_sft.joined import join_products
 from lit_sft.loop import accumulate_gradients, train_step, validate
 from lit_sft.lora import apply_lora, lora_state_dict
 from lit_sft.optim import build_optimizer, lr_schedule, master_parameters
@@ -612,3 +615,117 @@ def test_every_process_has_rows_of_a_step(data: tuple[Path, Path], share: bool) 
         n_tokens = [sum(row.input_ids.numel() for row in part.rows) for part in parts]
         assert min(n_tokens) > 0.6 * max(n_tokens)
         assert sorted(i for part in parts for row in part.rows for i in row.examples) == sorted(parts[0].examples)
+
+
+# --- what the host waits for ---
+
+
+class Waits(TorchDispatchMode):
+    """Notes each operation for which the host would wait for a GPU: those whose result it, or a shape, depends on."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "repeat_interleave", "equal")
+
+    def __init__(self, events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.events = events
+        tolist = torch.Tensor.tolist
+
+        def noted(tensor: torch.Tensor) -> object:
+            events.append("tolist")
+            return tolist(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", noted)  # which on a CPU is no operation
+        monkeypatch.setattr(torch.Tensor, "numpy", lambda *_, **__: pytest.fail("a copy to the host"))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = [x for x in args[1] if x is not None] if name in ("index", "index_put", "index_put_") else []
+        by_mask = any(x.dtype in (torch.bool, torch.uint8) for x in masks)
+        if by_mask or name in self.NAMES or "unique" in name:
+            self.events.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_would_wait_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, events = torch.arange(5.0), []
+    with Waits(events, monkeypatch):
+        float(x[0]), bool(x[1]), x.tolist(), x[x > 2], x.nonzero(), x.unique(), x.int().bincount(), x.sum().item()
+        x.repeat_interleave(x.long())
+        x[torch.tensor([0, 2])] + x.sum()
+    expected = ["_local_scalar_dense"] * 2 + ["tolist", "index", "nonzero"]
+    assert events[:5] == expected and "unique" in events[5]
+    assert events[6:] == ["bincount", "_local_scalar_dense", "repeat_interleave"]
+
+
+@pytest.mark.usefixtures("spans_on_a_cpu")
+@pytest.mark.parametrize("clipped", [None, 1.0])
+@pytest.mark.parametrize("share", [False, True])
+def test_the_host_waits_once_a_step_and_prepares_the_next_before(
+    data: tuple[Path, Path], share: bool, clipped: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On rows that are where they are computed, as ``Ahead`` leaves them on a GPU."""
+    base, data_dir = data
+    args = lora_args(data_dir, Path("unused"), precision="bf16-true", micro_batch_tokens=700, max_norm=clipped)
+    fabric, steps = launch(args), TrainSteps(Shards(data_dir, "train"), args, share_prefix=share)
+    model = load_model(base, dtype=torch.bfloat16)
+    apply_lora(model, args, args.seed)
+    join_products(model)
+    optimizer = build_optimizer(model, master_parameters(model), args)
+    made, events = [steps[1], steps[2]], []
+    assert any(row.layout.parents for row in made[0].rows) == share and len(made[0].rows) > 1
+    for step in made:
+        for row in step.rows:
+            row.to(fabric.device)
+    # a kernel that takes part in the gradients and reads nothing on the host
+    monkeypatch.setattr(
+        "torch.nn.attention.varlen.varlen_attn", lambda q, k, v, *_, **__: q * 2 + (k.sum() + v.sum()).tanh()
+    )
+    monkeypatch.setattr(Row, "to", lambda self, device: self)
+    monkeypatch.setattr("lit_sft.loop.peak_memory", lambda device: 0)
+    train_step(fabric, model, optimizer, 1e-3, made[0], args, None)  # the optimizer's slots are made
+    with Waits(events, monkeypatch):
+        train_step(fabric, model, optimizer, 1e-3, made[1], args, None, lambda: events.append("meanwhile"))
+    assert events == ["meanwhile", "tolist"]
+
+
+def test_steps_made_ahead_are_the_runs(data: tuple[Path, Path]) -> None:
+    """The next one is there when it is taken, another is made anew, and none behind the last."""
+    args = lora_args(data[1], Path("unused"), max_steps=3)
+    steps, asked = TrainSteps(Shards(data[1], "train"), args), []
+
+    class Noted:
+        max_steps = steps.max_steps
+
+        def __getitem__(self, number: int) -> object:
+            asked.append(number)
+            return steps[number]
+
+    ahead = Ahead(Noted(), torch.device("cpu"))
+    assert ahead.take(1).number == 1
+    ahead.prepare(2)
+    assert asked == [1, 2] and ahead.take(2).examples == steps[2].examples and asked == [1, 2]
+    assert ahead.take(1).number == 1 and asked == [1, 2, 1]
+    ahead.prepare(4)
+    assert asked == [1, 2, 1] and ahead.take(3).number == 3
+
+
+def test_memory_that_ends_while_compiling_ends_the_step(
+    data: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As MemoryError, which names the step; no gradient is left and no update made."""
+    base, data_dir = data
+    args = lora_args(data_dir, Path("unused"))
+    fabric, steps, model = launch(args), TrainSteps(Shards(data_dir, "train"), args), load_model(base)
+    apply_lora(model, args, args.seed)
+    optimizer = build_optimizer(model, master_parameters(model), args)
+    before = [p.clone() for p in lora_state_dict(model).values()]
+    torch._dynamo.reset()
+
+    def backend(*_: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory while benchmarking")
+
+    model.blocks[1].compile(backend=backend)
+    with pytest.raises(MemoryError, match="step 2 does not fit into the memory of this device"):
+        train_step(fabric, model, optimizer, 1e-3, steps[2], args, None)
+    assert all(p.grad is None for p in lora_state_dict(model).values())
+    assert all(torch.equal(p, q) for p, q in zip(lora_state_dict(model).values(), before, strict=True))

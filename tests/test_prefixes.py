@@ -110,6 +110,38 @@ def test_an_adapter_gets_the_same_gradients() -> None:
         assert (gradient - gradients[1][name]).norm() / gradients[1][name].norm() < 1e-12, name
 
 
+examples_alike = st.lists(
+    st.tuples(st.integers(0, 3), st.lists(st.integers(0, 2), min_size=2, max_size=30), st.integers(0, 12)),
+    min_size=1,
+    max_size=10,
+)
+
+
+@settings(max_examples=100)
+@given(examples_alike)
+def test_labels_that_examples_share_are_counted(drawn: list[tuple[int, list[int], int]]) -> None:
+    """Positions, labels and counts are those of ``unique`` over pairs, in its order."""
+    heads = [[0] * 20 + [n % 2] * 9 for n in range(4)]
+    texts = [heads[head] + tail for head, tail, _ in drawn]
+    shards = Examples(
+        [(ids, [i >= n_prompt for i in range(len(ids))]) for ids, (*_, n_prompt) in zip(texts, drawn, strict=True)]
+    )
+    for plan in plan_rows(shards, list(range(len(texts))), 10**4, None, share_prefix=True):
+        row = make_row(shards, plan)
+        if row.counts is None:
+            continue
+        pairs = []
+        _, last = make_segments([len(texts[i]) for i in plan.examples], plan.shared)
+        starts = [sum(row.layout.lengths[:i]) for i in range(len(row.layout.lengths))]
+        for number, end in zip(plan.examples, last, strict=True):
+            where = [t for i in row.layout.chains[end] for t in range(starts[i], starts[i] + row.layout.lengths[i])]
+            ids, mask = shards[number]
+            pairs += [(where[t], int(ids[t + 1])) for t in range(len(ids) - 1) if mask[t + 1]]
+        expected, counts = torch.tensor(pairs).unique(dim=0, return_counts=True)
+        assert torch.equal(torch.stack([row.positions, row.labels], 1), expected)
+        assert torch.equal(row.counts, counts)
+
+
 def test_longrope_refuses_to_share_between_long_and_short_examples() -> None:
     """A token of an example past the original context turns otherwise than the same token of a short one."""
     config = {**MODELS["longrope"], "rope_original_block_size": 30}

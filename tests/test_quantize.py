@@ -8,7 +8,7 @@ from bitsandbytes import functional
 from conftest import make_hf_llama
 from torch import nn
 
-from lit_sft import load_model
+from lit_sft import load_model, quantize
 from lit_sft.args import ConvertArgs, LoRAArgs
 from lit_sft.convert import convert_checkpoint
 from lit_sft.errors import InputError
@@ -64,6 +64,23 @@ def test_gradient_is_that_of_the_product_with_the_stored_weights(kind: str) -> N
     expected = grad.double() @ layer.weight(torch.float64)
     error = ((x.grad - expected).norm() / expected.norm()).item()
     assert error < (1e-6 if kind == "nf4" else 0.04), error
+
+
+def test_fp8_on_a_cpu_whose_product_scales_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11's takes one scale for all: there the same product is computed in fp32."""
+    results = []
+    for scales_rows in (True, False):
+        monkeypatch.setattr(quantize, "CPU_SCALES_ROWS", scales_rows)
+        if not scales_rows:
+            monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **__: pytest.fail("takes no scales of rows there"))
+        x, weight = inputs()
+        y = quantized(weight, "fp8")(x.requires_grad_())
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
+        results.append((y.detach(), x.grad))
+        narrow = quantized(weight.bfloat16(), "fp8")(x.detach().bfloat16())
+        assert narrow.dtype == torch.bfloat16 and (narrow - y).norm() < 0.03 * y.norm()
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
 def test_rows_of_any_size_survive_fp8() -> None:
