@@ -112,6 +112,19 @@ def test_joined_layers_compute_what_they_do_apart(name: str) -> None:
     assert calls and equal(found, trained(apart), 1e-10)
 
 
+@pytest.mark.parametrize("kind", [None, "fp8"])
+def test_joining_trains_nothing_more_and_holds_nothing_twice(kind: str | None) -> None:
+    model = adapted_model(GQA, {}, kind)
+    learned = [name for name, p in model.named_parameters() if p.requires_grad]
+    join_products(model)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == learned
+    attn = model.blocks[0].attn
+    bases = [layer.base for layer in (attn.query, attn.key, attn.value)]
+    own = storages([base.weight if kind is None else base.bits for base in bases])
+    (matrix,) = storages([attn.joined.product.frozen[0]])
+    assert [s.data_ptr() for s in own] == [matrix.data_ptr()]
+
+
 def storages(tensors: object) -> list[torch.UntypedStorage]:
     return list({t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}.values())
 
