@@ -50,6 +50,10 @@ class FakeGPU(FakeTensorMode):
             pinned = args[0].clone()
             self._pinned.add(pinned.data_ptr())
             return pinned
+        if kwargs.pop("pin_memory", False):
+            pinned = func(*args, **kwargs)
+            self._pinned.add(pinned.data_ptr())
+            return pinned
         if name.startswith("aten.is_pinned"):
             return False
         if not self._on_gpu(args, kwargs):
