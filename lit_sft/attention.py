@@ -42,7 +42,7 @@ class Layout:
 
     @property
     def shares(self) -> bool:
-        """Whether a segment continues another."""
+        """True where a segment continues another."""
         return any(parent is not None for parent in self.parents or ())
 
     def check(self, row: tuple[int, int]) -> None:
@@ -76,7 +76,7 @@ class Layout:
         return [sum(self.lengths[i] for i in chain) for chain in self.chains]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What kernels need to know of the segments, by its name in ``Placed``, ``Spans`` and ``Keys``; on the CPU."""
+        """Make what kernels need of the segments, by its name in ``Placed``, ``Spans`` and ``Keys``; on the CPU."""
         ends = {"query_ends": self.lengths, "key_ends": self.n_keys()}
         tensors = {"positions": self.positions(), "totals": self.totals()}
         for name, lengths in ends.items():
@@ -123,7 +123,7 @@ class Layout:
 
 
 class Keys(NamedTuple):
-    """Which keys the queries of a row with shared segments see: K of them, T of these each row's own."""
+    """Keys that the queries of a row with shared segments see: K of them, T of these the row's own."""
 
     index: Tensor
     """(K,) int64: the row's position of each key; of a shared segment it is there once for each that continues it."""
@@ -213,7 +213,7 @@ def _join_as(dtype: torch.dtype, *parts: Tensor) -> Tensor:
 
 
 def takes_spans(device: torch.device, dtype: torch.dtype, head_size: int, scoring: Scoring) -> bool:
-    """Whether one kernel takes all segments of a row, and computes what ``scoring`` asks for."""
+    """True where one kernel takes all segments of a row, and computes what ``scoring`` asks for."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     sized = head_size <= 256 and head_size % 8 == 0

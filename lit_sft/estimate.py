@@ -40,7 +40,7 @@ class Memory:
     validate: int
     sample: int
     host: int = 0
-    """Of the host's memory, with ``--offload``: the blocks' weights and inputs."""
+    """The host's share, with ``--offload``: the blocks' weights and inputs."""
 
     @property
     def activations(self) -> int:

@@ -87,7 +87,7 @@ class Plan:
         return memory, row, int(held + fixed + (memory.peak - fixed) * (1 + self._slack(args)))
 
     def _in_one_kernel(self, args: TrainArgs) -> bool:
-        """Whether a GPU attends within all segments of a row at once, and over all keys up to the query's own."""
+        """True where a GPU attends within all segments of a row at once, over all keys up to the query's own."""
         config = self.config
         masked = config.attention_softcap is not None or config.alibi or any(config.sliding_layers)
         return args.precision in ("bf16-true", "bf16-mixed") and not masked
@@ -144,7 +144,7 @@ class Plan:
                     break
 
     def _settings(self, started: bool) -> Iterator[dict]:
-        """What ``choices`` tries at each length of a row, by flag."""
+        """Settings that ``choices`` tries at each length of a row, by flag."""
         lora = isinstance(self.args, LoRATrainArgs)
         quantize = [{"quantize": NF4}] if lora and not self.args.quantize and not started and has_nf4() else []
         kinds: list[dict] = [{}, *quantize]

@@ -12,7 +12,7 @@ Behind the products of queries, keys and values, and of a gated unit, come the k
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,16 +51,19 @@ class Joined:
 
     def whole(self, x: Tensor) -> Tensor:
         """(…, K) → (…, N), what all layers give, side by side."""
-        y = self.product(x.reshape(-1, x.shape[-1]), None, "", self.frozen, self.sizes, *self._adapter(x.dtype))
+        y = self._product_of(Input(x.reshape(-1, x.shape[-1])))
         return self._with_bias(y).view(*x.shape[:-1], -1)
 
     def gated(self, gate_up: Tensor, activation: str) -> Tensor:
-        """Of activation(gate) · up, of gate_up (…, 2 · K): (…, N). Backward it is made again rather than kept."""
+        """Multiply activation(gate) · up of gate_up (…, 2 · K): (…, N). Backward makes it again, it is not kept."""
         flat = gate_up.reshape(-1, gate_up.shape[-1])
         with torch.no_grad():
             x = gated(flat, activation)
-        y = self.product(x, flat, activation, self.frozen, self.sizes, *self._adapter(x.dtype))
+        y = self._product_of(Input(x, flat, activation))
         return self._with_bias(y).view(*gate_up.shape[:-1], -1)
+
+    def _product_of(self, inputs: "Input") -> Tensor:
+        return self.product(inputs, self.frozen, self.sizes, *self._adapter(inputs.x.dtype))
 
     def _with_bias(self, y: Tensor) -> Tensor:
         biases = [base.bias for base in self.bases]
@@ -94,7 +97,7 @@ class JoinedHeads:
         self.plain = attn.has_rope and all(isinstance(n, nn.Identity) for n in (attn.query_norm, attn.key_norm))
 
     def __call__(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """As ``CausalSelfAttention.heads``."""
+        """Compute what ``CausalSelfAttention.heads`` does."""
         cos, sin = rotation
         if self.plain and x.shape[0] == 1 and 2 * cos.shape[-1] == self.attn.head_size:
             heads = split_heads(self.product.whole(x).squeeze(0), cos, sin, self.n_head, self.n_groups)
@@ -144,7 +147,7 @@ def _join_each(*layers: nn.Module) -> None:
 
 
 def _join(layers: list[nn.Module]) -> Joined | None:
-    """None where one of the layers' adapters drops out inputs of its own, or nothing is gained."""
+    """Join layers; None where an adapter of theirs drops out inputs of its own, or nothing is gained."""
     adapters = [layer for layer in layers if isinstance(layer, LoRALinear)]
     if not adapters or any(layer.dropout is not None for layer in adapters):
         return None
@@ -153,8 +156,19 @@ def _join(layers: list[nn.Module]) -> Joined | None:
     return Joined(layers)
 
 
-Product = Callable[[Tensor, Tensor | None, str, list[Tensor], list[int], Tensor, Tensor], Tensor]
-"""x (M, K), what x was gated from and how, frozen tensors, rows of each weight, A (R, K), B (N, R) → (M, N)."""
+class Input(NamedTuple):
+    """What is multiplied, and what backward has it from."""
+
+    x: Tensor
+    """(M, K)."""
+    source: Tensor | None = None
+    """(M, 2 · K) where x is ``gated(source, how)``: it is kept instead of x, and gets the gradient."""
+    how: str = ""
+    """The activation."""
+
+
+Product = Callable[[Input, list[Tensor], list[int], Tensor, Tensor], Tensor]
+"""Input, frozen tensors, rows of each layer's weight, A (R, K), B (N, R) → (M, N)."""
 
 
 def _joined_product(bases: list[nn.Module], sizes: list[int]) -> tuple[Product, list[Tensor]]:
@@ -175,24 +189,19 @@ def _joined_product(bases: list[nn.Module], sizes: list[int]) -> tuple[Product, 
     return _plain_product, [weight]
 
 
-def _plain_product(
-    x: Tensor, source: Tensor | None, how: str, frozen: list[Tensor], _: list[int], A: Tensor, B: Tensor
-) -> Tensor:
-    return adapted(x, source, how, *frozen, A, B)[0]
+def _plain_product(inputs: Input, frozen: list[Tensor], _: list[int], A: Tensor, B: Tensor) -> Tensor:
+    return adapted(*inputs, *frozen, A, B)[0]
 
 
-def _fp8_product(
-    x: Tensor, source: Tensor | None, how: str, frozen: list[Tensor], _: list[int], A: Tensor, B: Tensor
-) -> Tensor:
+def _fp8_product(inputs: Input, frozen: list[Tensor], _: list[int], A: Tensor, B: Tensor) -> Tensor:
     with torch.no_grad():
-        rows, row_scale = to_fp8(x)
-    return adapted_fp8(x, source, how, rows, row_scale, *frozen, A, B)[0]
+        rows, row_scale = to_fp8(inputs.x)
+    return adapted_fp8(*inputs, rows, row_scale, *frozen, A, B)[0]
 
 
-def _nf4_product(
-    x: Tensor, source: Tensor | None, how: str, frozen: list[Tensor], sizes: list[int], A: Tensor, B: Tensor
-) -> Tensor:
-    return adapted_nf4(x, source, how, frozen[: len(sizes)], frozen[len(sizes) :], sizes, A, B)[0]
+def _nf4_product(inputs: Input, frozen: list[Tensor], sizes: list[int], A: Tensor, B: Tensor) -> Tensor:
+    packed, scales = frozen[: len(sizes)], frozen[len(sizes) :]
+    return adapted_nf4(*inputs, packed, scales, sizes, A, B)[0]
 
 
 def _stack(parts: list[Tensor]) -> Tensor:
@@ -220,10 +229,7 @@ def _(x: Tensor, weight: Tensor, low: Tensor, up: Tensor) -> Tensor:
 
 @torch.library.custom_op("lit_sft::adapted", mutates_args=())
 def adapted(x: Tensor, source: Tensor | None, how: str, weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """X Wᵀ + (x Aᵀ) Bᵀ, (M, N), and x Aᵀ, (M, R), which backward needs.
-
-    Where x (M, K) is ``gated(source, how)``, source (M, 2 · K) is kept instead and gets the gradient; None: x does.
-    """
+    """X Wᵀ + (x Aᵀ) Bᵀ, (M, N), and x Aᵀ, (M, R), which backward needs; x, source and how as in ``Input``."""
     low = x @ A.T
     return (low @ B.T).addmm_(x, weight.T), low
 
@@ -234,13 +240,13 @@ def _(x: Tensor, source: Tensor | None, how: str, weight: Tensor, A: Tensor, B: 
 
 
 def _keep_input(ctx: Any, x: Tensor, source: Tensor | None, how: str) -> Tensor:
-    """What backward has the input from."""
+    """Choose from what backward has the input."""
     ctx.how = how
     return x if source is None else source
 
 
 def _gradients(ctx: Any, kept: Tensor, low: Tensor, grad: Tensor, grad_low: Tensor, grad_x: Tensor) -> tuple:
-    """Of the input, of what it was gated from, of A and of B."""
+    """Gradients of the input, of what it was gated from, of A and of B."""
     if not ctx.how:
         return grad_x, None, grad_low.T @ kept, grad.T @ low
     grad_source, x = gated_backward(kept, grad_x, ctx.how)
@@ -275,7 +281,7 @@ def adapted_fp8(
     A: Tensor,
     B: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As ``adapted``, the frozen product in FP8.
+    """The same as ``adapted`` with the frozen product in FP8.
 
     ``rows`` (M, K) with ``row_scale`` (M, 1) are x in FP8: made outside, where the compiler makes them while it
     makes x. ``bits`` (N, K) with ``scale`` (1, N) are the weights.
@@ -292,7 +298,7 @@ def _(x: Tensor, *tensors: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("lit_sft::sum_of_products_fp8", mutates_args=())
 def sum_of_products_fp8(rows: Tensor, row_scale: Tensor, bits: Tensor, low: Tensor, up: Tensor) -> Tensor:
-    """As ``sum_of_products``, the first of them ``fp8_gradient``."""
+    """The same as ``sum_of_products``, the first of them ``fp8_gradient``."""
     return fp8_gradient(rows, row_scale, bits, low.dtype).addmm_(low, up)
 
 
@@ -329,7 +335,7 @@ def adapted_nf4(
     A: Tensor,
     B: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As ``adapted``, the weights widened for it from ``widen_nf4``'s arguments, and not kept."""
+    """The same as ``adapted``, the weights widened for it from ``widen_nf4``'s arguments, and not kept."""
     low = x @ A.T
     return (low @ B.T).addmm_(x, widen_nf4(packed, scales, sizes, x.dtype).T), low
 
@@ -344,7 +350,7 @@ def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 def sum_of_products_nf4(
     grad: Tensor, packed: list[Tensor], scales: list[Tensor], sizes: list[int], low: Tensor, up: Tensor
 ) -> Tensor:
-    """As ``sum_of_products``, with the weights widened: an operation of its own, so that none keeps them till then."""
+    """The same as ``sum_of_products`` with widened weights, an operation of its own: nothing keeps them till then."""
     return (low @ up).addmm_(grad, widen_nf4(packed, scales, sizes, grad.dtype))
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_sft.rope import rotate
+
 try:
     import triton
     import triton.language as tl
@@ -64,6 +66,7 @@ def gated_backward_plain(gate_up: Tensor, grad: Tensor, activation: str) -> tupl
 # --- queries, keys and values of a joined product ---
 
 
+@torch.library.custom_op("lit_sft::split_heads", mutates_args=())
 def split_heads(y: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values from the product that has all of them, the first two turned (``rope.rotate``).
 
@@ -77,11 +80,6 @@ def split_heads(y: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_groups: int)
     Returns:
         (M, n_head, D), (M, n_groups, D) and (M, n_groups, D), each in memory of its own.
     """
-    return _split_heads(y, cos, sin, n_head, n_groups)
-
-
-@torch.library.custom_op("lit_sft::split_heads", mutates_args=())
-def _split_heads(y: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     parts = y.unflatten(1, (n_head + 2 * n_groups, -1)).split([n_head, n_groups, n_groups], dim=1)
     query, key, value = (torch.empty(part.shape, dtype=y.dtype, device=y.device) for part in parts)
     for source, target, turned in zip(parts, (query, key, value), (True, True, False), strict=True):
@@ -89,14 +87,14 @@ def _split_heads(y: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_groups: int
     return query, key, value
 
 
-@_split_heads.register_fake
+@split_heads.register_fake
 def _(y: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     size = y.shape[1] // (n_head + 2 * n_groups)
     return tuple(y.new_empty(y.shape[0], n, size) for n in (n_head, n_groups, n_groups))
 
 
 @torch.library.custom_op("lit_sft::join_heads", mutates_args=())
-def _join_heads(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def join_heads(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The gradient of ``split_heads``'s y: queries' and keys' turned back, side by side with the values'."""
     # attention by segments leaves its gradients head by head in memory, which ``turn`` does not read
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -107,7 +105,7 @@ def _join_heads(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Ten
     return y.flatten(1)
 
 
-@_join_heads.register_fake
+@join_heads.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return query.new_empty(query.shape[0], (query.shape[1] + key.shape[1] + value.shape[1]) * query.shape[2])
 
@@ -118,10 +116,10 @@ def _keep_rotation(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _split_heads_backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return _join_heads(*grads, *ctx.saved_tensors), None, None, None, None
+    return join_heads(*grads, *ctx.saved_tensors), None, None, None, None
 
 
-_split_heads.register_autograd(_split_heads_backward, setup_context=_keep_rotation)
+split_heads.register_autograd(_split_heads_backward, setup_context=_keep_rotation)
 
 
 def turn(source: Tensor, target: Tensor, cos: Tensor, sin: Tensor, turned: bool) -> None:
@@ -130,20 +128,13 @@ def turn(source: Tensor, target: Tensor, cos: Tensor, sin: Tensor, turned: bool)
     Heads lie one behind the other in both, rows may be apart.
     """
     if not source.is_cuda:
-        target.copy_(turned_plain(source, cos, sin) if turned else source)
+        target.copy_(rotate(source, (cos, sin)) if turned else source)
         return
     M, H, D = source.shape
     block_heads, block_half = triton.next_power_of_2(H), triton.next_power_of_2(D // 2)
     _turn[(M,)](
         source, target, cos, sin, source.stride(0), target.stride(0), H, D // 2, turned, block_heads, block_half
     )
-
-
-def turned_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The definition of a turn: x (M, H, D), D / 2 dimensions paired with the other half."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 # --- FP8 weights ---

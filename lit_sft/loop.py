@@ -192,7 +192,7 @@ def train_step(
 
 
 def _padding_share(rows: list[Row]) -> float:
-    """Of the positions that were computed; 0 where there are none."""
+    """Share of the computed positions that hold no token; 0 where there are none."""
     n_positions = sum(row.input_ids.numel() for row in rows)
     return 1 - sum(sum(row.layout.lengths) for row in rows) / n_positions if n_positions else 0.0
 

@@ -44,7 +44,7 @@ def free_memory(device: str) -> int:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that a GPU's memory did not suffice; while compiling it comes inside another one."""
+    """True where an error says that a GPU's memory did not suffice; while compiling it comes inside another one."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, torch.OutOfMemoryError):

@@ -57,8 +57,8 @@ class GPT(nn.Module):
 
         # kinds of layers times shared segments or none, training or not: more graphs than the default of 8 allows
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-        # else norms and activations are kept for the backward pass, a third more memory, though made again cheaply
         torch._dynamo.config.specialize_float = True  # a layer's scale is no input that changes
+        # else norms and activations are kept for the backward pass, a third more memory, though made again cheaply
         torch._functorch.config.ban_recompute_materialized_backward = False
         for block in self.blocks:
             block.attn.attend_apart = torch.compiler.disable(packed_attention)

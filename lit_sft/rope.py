@@ -83,7 +83,7 @@ def rotations(
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn x (B, T, H, D) by the angles of ``rotations``: of the first n dimensions, i is paired with i + n/2."""
+    """Turn x (…, T, H, D) by the angles of ``rotations``: of the first n dimensions, i is paired with i + n/2."""
     cos, sin = (part[:, None] for part in rotation)  # (T, 1, turned/2)
     size = 2 * cos.shape[-1]
     first, second = x[..., :size].chunk(2, dim=-1)

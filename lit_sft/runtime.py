@@ -93,7 +93,7 @@ def base_dtype(fabric: Fabric) -> torch.dtype:
 
 
 def is_mixed(fabric: Fabric) -> bool:
-    """Whether products are computed in fewer bits than the weights are held in."""
+    """True where products are computed in fewer bits than the weights are held in."""
     return "mixed" in precision(fabric)
 
 

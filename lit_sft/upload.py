@@ -26,7 +26,7 @@ def upload(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor
 
 
 def _starts(tensors: dict[str, Tensor]) -> list[int]:
-    """Where each tensor begins in the buffer, and the buffer's length last, in bytes."""
+    """Offsets of the tensors in the buffer, and the buffer's length last, in bytes."""
     starts = [0]
     for tensor in tensors.values():
         n_bytes = tensor.numel() * tensor.element_size()

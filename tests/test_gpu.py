@@ -29,6 +29,7 @@ from lit_sft.model import GPT
 from lit_sft.offload import stream_blocks
 from lit_sft.optim import build_optimizer, master_parameters
 from lit_sft.quantize import quantized
+from lit_sft.rope import rotate
 from lit_sft.runtime import launch
 from lit_sft.shards import Shards
 
@@ -263,7 +264,7 @@ def test_the_heads_of_a_layer(device: str, n_head: int, n_groups: int, size: int
     angles = torch.rand(29, size // 2, generator=generator, dtype=torch.float64) * 6
     exact = y.double().requires_grad_()
     heads = exact.unflatten(1, (-1, size)).split([n_head, n_groups, n_groups], dim=1)
-    expected = [kernels.turned_plain(part, angles.cos(), angles.sin()) for part in heads[:2]] + [heads[2]]
+    expected = [rotate(part, (angles.cos(), angles.sin())) for part in heads[:2]] + [heads[2]]
     grads = upstream.unflatten(1, (-1, size)).split([n_head, n_groups, n_groups], dim=1)
     torch.autograd.backward(expected, [g.double() for g in grads])
     here = y.to(device).requires_grad_()

@@ -322,6 +322,6 @@ def test_operations_of_the_kernels_too(activation: str) -> None:
     gate_up, grad = operands((7, 32), (7, 16))
     opcheck(kernels.gated_backward, (gate_up, grad, activation))
     y, angles = operands((7, 8 * 6), (7, 3))
-    opcheck(kernels._split_heads, (y.requires_grad_(), angles.cos(), angles.sin(), 4, 2))
+    opcheck(kernels.split_heads, (y.requires_grad_(), angles.cos(), angles.sin(), 4, 2))
     heads = operands((7, 4, 6), (7, 2, 6), (7, 2, 6))
-    opcheck(kernels._join_heads, (*heads, angles.cos(), angles.sin()))
+    opcheck(kernels.join_heads, (*heads, angles.cos(), angles.sin()))

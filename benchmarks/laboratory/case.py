@@ -11,8 +11,9 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 from pretend import pretend  # before torch
@@ -125,7 +126,7 @@ class Run:
             self.model = fake_model(config, case.quantize)
             self.model.checkpoint_every = case.checkpoint_every
             self.dropout = apply_lora(self.model, self.args, seed=0)
-            join_products(self.model)
+            make_fast(self.model)
             if compiled:
                 self.model.compile_blocks()
             masters = optim.master_parameters(self.model)
@@ -172,13 +173,11 @@ def fake_model(config, quantize: str | None):
     return model
 
 
-def join_products(model) -> None:
-    """What training on a GPU does after ``apply_lora``, in projects that have it."""
-    try:
-        from lit_sft.joined import join_products
-    except ModuleNotFoundError:
-        return
-    join_products(model)
+def make_fast(model) -> None:
+    """Do what training on a GPU does after ``apply_lora``, in projects that have it."""
+    for room, name in (("joined", "join_products"), ("experts", "group_experts")):
+        with suppress(ModuleNotFoundError):
+            getattr(import_module(f"lit_sft.{room}"), name)(model)
 
 
 def kept_a_token(run: Run, recorder) -> float:
