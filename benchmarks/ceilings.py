@@ -1,4 +1,4 @@
-"""What the machine can do at most: matrix products at a shape's own sizes, in bursts and for seconds on end."""
+"""The most that the machine can do: matrix products at a shape's own sizes, in bursts and for seconds on end."""
 
 import statistics
 import time

@@ -12,7 +12,7 @@ BUSY = 50  # percent: below, the card waits
 
 
 def query(fields: str) -> list[str] | None:
-    """What nvidia-smi says of the first GPU; None where there is none."""
+    """Ask nvidia-smi about the first GPU; None where there is none."""
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout

@@ -73,7 +73,7 @@ HERE = Path(__file__).parent
 
 
 def machine(args: argparse.Namespace) -> dict:
-    """What the figures are taken on and with."""
+    """Describe what the figures are taken on and with."""
     names = ("torch", "triton", "transformers", "peft", "accelerate", "lightning", "litgpt", "liger_kernel")
     versions = {}
     for name in names:
@@ -216,7 +216,7 @@ class Call:
         return self.lines.stat().st_size if self.lines.exists() else 0
 
     def _findings(self, name: str, offset: int) -> list[dict]:
-        """What a stage has found since the file of lines had ``offset`` bytes; a line cut short is none."""
+        """Read what a stage has found since the file of lines had ``offset`` bytes; a line cut short is none."""
         found = []
         if not self.lines.exists():
             return found

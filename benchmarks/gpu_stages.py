@@ -38,7 +38,7 @@ LONGEST = {"cuda": None, "cpu": 256}  # tokens of an example
 
 
 class Data(NamedTuple):
-    """Which examples make a case's steps."""
+    """Examples that make a case's steps."""
 
     batch: int
     warm_up: int
@@ -65,19 +65,19 @@ class Case(NamedTuple):
 
 
 class Cases(NamedTuple):
-    """Those of one stage, all on one model."""
+    """Cases of one stage, all on one model."""
 
     shape: str
     quantize: str | None
     cases: list[Case]
     profiled: bool = True
-    """Whether a step of each is taken apart."""
+    """True where a step of each is taken apart."""
     final: bool = False
     """With the ceilings, and in bf16 some of an epoch."""
 
 
 def cases_of(name: str, args: argparse.Namespace) -> Cases | None:
-    """What a stage trains; None: nothing of lit_sft's."""
+    """Choose what a stage trains; None: nothing of lit_sft's."""
     full, half = (16_384, 8192) if args.device == "cuda" else (1024, 512)
     both = [Case("alpaca", False, full), Case("alpaca", True, full)]
     if name in ("bf16", "fp8", "final_bf16", "final_fp8"):
@@ -234,7 +234,7 @@ def epoch(args: argparse.Namespace, emit: Emit, side, shape: Shape, row_tokens: 
 
 
 def estimates(args: argparse.Namespace, emit: Emit) -> None:
-    """What --estimate would say of each case of the stages ``--of``; needs no device."""
+    """Estimate each case as --estimate would of the stages ``--of``; needs no device."""
     from engine import model_config
 
     from lit_sft.fitting import Plan
@@ -255,7 +255,7 @@ def estimates(args: argparse.Namespace, emit: Emit) -> None:
 
 
 def tests(args: argparse.Namespace, emit: Emit) -> None:
-    """What a GPU computes: attention, layers and rows of the tests marked gpu."""
+    """Test what a GPU computes: attention, layers and rows of the tests marked gpu."""
     if args.device != "cuda":
         emit(failed="needs a GPU")
         return
@@ -343,7 +343,7 @@ def litgpt(args: argparse.Namespace, emit: Emit) -> None:
 
 
 def within_memory(work: Callable[..., Result], *inputs: object) -> tuple[Result | None, str]:
-    """What ``work`` of ``inputs`` gives; or None, and what was said, where the memory ended."""
+    """Run ``work`` on ``inputs``; gives its result, or None, and what was said, where the memory ended."""
     try:
         return work(*inputs), ""
     except Exception as error:  # it ends within the compiler too, which has errors of its own

@@ -74,7 +74,7 @@ def alpaca_like(n: int, vocab_size: int, seed: int = 0, longest: int | None = No
 
 
 def preamble_of(number: int) -> tuple[int, int]:
-    """Which preamble an example of ``alpaca_like`` begins with, one of the first 999, and its length."""
+    """Find the preamble that an example of ``alpaca_like`` begins with, one of the first 999, and its length."""
     facts = json.loads(FILE.read_text())
     kind = facts["examples"][number][0]
     return kind, facts["preambles"][kind]

@@ -1,4 +1,4 @@
-"""What was predicted of a GPU before anything was measured on one; benchmarks/gpu.py prints it beside each figure.
+"""Predictions about a GPU, made before anything was measured on one; benchmarks/gpu.py prints it beside each figure.
 
 Worked out for LoRA of rank 16 on Llama 2's 7B shape and Alpaca's lengths, from counted operations and bytes, at 700
 TFLOP/s and 3.6 TB/s on an H200; "now" is the engine of November 2026, "after" the one with fused adapters.
@@ -53,7 +53,7 @@ def card_of(device: str) -> str | None:
 
 
 def on_card(predicted: Predicted | None, device: str) -> tuple[float | None, float | None]:
-    """What was predicted for ``device``, as it was and after; None where there is no prediction."""
+    """Predictions for ``device``, as it was and after; None where there is no prediction."""
     card = card_of(device)
     if predicted is None or card is None:
         return None, None

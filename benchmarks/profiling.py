@@ -103,7 +103,7 @@ def profile(step: Callable[[], object], device: str, shape: Shape) -> dict:
 
 
 def longest_waits(events: list, n: int = 12) -> list[dict]:
-    """Where the GPU had nothing to do for longest, between which kernels, and when in the step."""
+    """List where the GPU had nothing to do for longest, between which kernels, and when in the step."""
     on_gpu = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
     kernels = sorted(on_gpu, key=lambda event: event.time_range.start)
     waits, end, before = [], None, ""
@@ -122,7 +122,7 @@ def longest_waits(events: list, n: int = 12) -> list[dict]:
 
 
 def works(events: list, on_gpu: bool) -> Iterator[Work]:
-    """What was computed: on a GPU each kernel, under the operator that started it where that is known."""
+    """List what was computed: on a GPU each kernel, under the operator that started it where that is known."""
     if not on_gpu:
         for event in events:
             yield Work(event.name, "", event.input_shapes, event.self_cpu_time_total / 1e6)

@@ -87,7 +87,7 @@ def growth_tables(result: dict) -> str:
 
 
 def gpu_tables(result: dict) -> str:
-    """Of benchmarks/gpu.py: whatever is there, each figure beside what was predicted of it."""
+    """Tables of benchmarks/gpu.py: whatever is there, each figure beside what was predicted of it."""
     machine, stages = result["machine"], result["stages"]
     device = machine["device"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
@@ -173,7 +173,7 @@ def case_name(found: dict) -> str:
 
 
 def category_table(found: dict, device: str) -> str:
-    """Where a step's time goes."""
+    """Table of where a step's time goes."""
     spent = dict(found["microseconds"])
     spent["optimizer, host"] = spent.pop("optimizer", 0.0) + spent.pop("gaps")
     spent["sum"] = sum(spent.values())
@@ -192,7 +192,7 @@ def losses_table(stages: dict) -> str:
 
 
 def stage_table(stages: dict) -> str:
-    """How long each stage took, at which clock and power."""
+    """Table of how long each stage took, at which clock and power."""
     rows = []
     for name, stage in stages.items():
         if "seconds" in stage:

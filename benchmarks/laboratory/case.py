@@ -44,7 +44,7 @@ def look_at(name: str, codes: Path) -> dict:
 
 
 def eager_step(case, codes: Path) -> dict:
-    """Where the host waits in one train step, and its copies to the GPU."""
+    """Find where the host waits in one train step, and its copies to the GPU."""
     from fake import FakeGPU
 
     mode = FakeGPU()
@@ -245,7 +245,7 @@ def kept_bytes(model, args: tuple, result) -> int:
 
 
 def storage_of(tensor) -> int:
-    """What tells one piece of memory from another."""
+    """Identify a piece of memory."""
     return tensor.untyped_storage()._cdata
 
 

@@ -1,4 +1,4 @@
-"""What is looked at: shapes, kinds of weights and rows."""
+"""Cases that are looked at: shapes, kinds of weights and rows."""
 
 from __future__ import annotations
 

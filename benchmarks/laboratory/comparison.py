@@ -42,12 +42,12 @@ def kernels_of(work: dict) -> tuple[int, int, int]:
 
 
 def copies_of(work: dict) -> int:
-    """Those that only copy, inside and outside of graphs."""
+    """Operations that only copy, inside and outside of graphs."""
     return sum(work["copies"].values()) + work["eager_copies"]
 
 
 def worse(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
-    """What got worse in the cases that both have: a count that rose, or one that is no longer to be had."""
+    """List what got worse in the cases that both have: a count that rose, or one that is no longer to be had."""
     lines = []
     for case in [name for name in now if name in before]:
         old, new = figures(before[case]), figures(now[case])

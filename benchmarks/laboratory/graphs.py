@@ -21,7 +21,7 @@ Key = tuple[int, bool]
 
 @dataclass
 class Work:
-    """What one block does in one direction during one row."""
+    """Work of one block in one direction during one row."""
 
     graphs: list[Key] = field(default_factory=list)
     eager: Counter[str] = field(default_factory=Counter)
@@ -29,13 +29,13 @@ class Work:
 
     @property
     def eager_copies(self) -> int:
-        """Those of them that only copy."""
+        """Operations among them that only copy."""
         return sum(n for name, n in self.eager.items() if name.startswith(COPIES))
 
 
 @dataclass
 class Row:
-    """What the blocks do in one row, by their number."""
+    """Work of the blocks in one row, by their number."""
 
     graphs_before: int
     """Graphs that Dynamo had made until then."""

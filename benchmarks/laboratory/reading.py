@@ -1,4 +1,4 @@
-"""What the text of Inductor's code says: kernels, calls of libraries, and which of them only copy."""
+"""The text of Inductor's code, read: kernels, calls of libraries, and which of them only copy."""
 
 import re
 from collections import Counter
@@ -17,7 +17,7 @@ def kernels(code: str) -> dict[str, str]:
 
 
 def only_copies(source: str) -> bool:
-    """Whether a kernel stores what it loads, at most rounded to another dtype."""
+    """True where a kernel stores what it loads, at most rounded to another dtype."""
     values = VALUE.findall(source)
     return "tl.store(" in source and all(MOVED.match(value.strip()) for value in values)
 
@@ -38,7 +38,7 @@ def counted(code: str) -> dict:
 
 
 def copies_addend(arguments: list[str]) -> bool:
-    """Whether a product is not added in place, so that the library first copies what it is added to.
+    """True where a product is not added in place, so that the library first copies what it is added to.
 
     A bias, of stride 0, is read as it is.
     """

@@ -1,4 +1,4 @@
-"""What the CUDA path compiles and runs, seen on a machine without a GPU: ``make gpu-dry``.
+"""The CUDA path, what it compiles and runs, seen on a machine without a GPU: ``make gpu-dry``.
 
 Each case is a process of its own, which believes in a GPU and has tensors without contents on it. Prints one table, and
 exits with 1 where a count is higher than in the committed one. Needs torch's CUDA build and a C compiler.
@@ -39,7 +39,7 @@ def build_libraries(folder: Path) -> dict[str, str]:
 
 
 def look_at(case: str, project: Path, folder: Path, environment: dict[str, str], build: bool) -> dict:
-    """What a case's process found; ``failed`` where it did not live to say it."""
+    """Read what a case's process found; ``failed`` where it did not live to say it."""
     codes = folder / case.replace(" ", "_")
     codes.mkdir()
     # a home of its own for what Inductor writes: nothing is found there that was not made now
