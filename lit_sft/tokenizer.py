@@ -27,7 +27,11 @@ Encode = Callable[[str, bool], list[int]]
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint: its ``tokenizer.model`` (sentencepiece) if there, else its ``tokenizer.json``.
+    """The tokenizer of a checkpoint: its ``tokenizer.json`` if there, else its ``tokenizer.model`` (sentencepiece).
+
+    Ids are those of transformers' AutoTokenizer, by which a model is deployed: it reads tokenizer.json as well where
+    both files lie there. Of a tokenizer.model alone they are sentencepiece's, with a space in front of the text's first
+    stretch, or of each (TokenizerConfig.prepend_scheme).
 
     ``vocab_size``: one more than the largest id. ``bos_id``, ``eos_id``: None where there is none. ``adds_bos``:
     whether the model's sequences begin with BOS. ``stop_ids``: EOS and every other ``eos_token_id`` of the configs.
@@ -38,7 +42,7 @@ class Tokenizer:
     def __init__(self, checkpoint_dir: str | Path) -> None:
         """Read the tokenizer's files in ``checkpoint_dir``; InputError when there is none, or one is damaged."""
         self.checkpoint_dir = directory = resolve_checkpoint_dir(checkpoint_dir)
-        path = next((p for p in (directory / "tokenizer.model", directory / "tokenizer.json") if p.is_file()), None)
+        path = next((p for p in (directory / "tokenizer.json", directory / "tokenizer.model") if p.is_file()), None)
         if path is None:
             raise InputError(f"no tokenizer in {directory}: neither tokenizer.model nor tokenizer.json; download it")
         config = TokenizerConfig.from_dir(directory)
@@ -68,7 +72,8 @@ class Tokenizer:
         stops = {self.eos_id, *config.ids["eos_token"]}
         self.stop_ids: frozenset[int] = frozenset(i for i in stops if i is not None and 0 <= i < self.vocab_size)
         self.chat_template: str | None = config.chat_template
-        rules = config.added, sorted(self._file.control.items()), self.bos_id, self.eos_id, self.adds_bos
+        rules = [config.added, sorted(self._file.control.items()), self.bos_id, self.eos_id, self.adds_bos]
+        rules += [self._file.scheme] if self._file.scheme else []
         self.fingerprint: str = hashlib.sha256(raw + json.dumps(rules).encode()).hexdigest()
 
     def __reduce__(self) -> tuple:
@@ -203,6 +208,9 @@ class _SentencePiece:
         protos = raw, raw + _field(3, b"\x18\x00")
         self._whole, self._bare = (sentencepiece.SentencePieceProcessor(model_proto=proto) for proto in protos)
         self._words = WordCache(self._whole, self._bare)
+        self._scheme = config.prepend_scheme
+        has_prefix = self._whole.encode("a") != self._bare.encode("a")
+        self.scheme = self._scheme if has_prefix and self._scheme != "always" else None
         self.decode, self.size = self._whole.decode, self._whole.vocab_size()
         tokens = [Added(i, p) for i, p in enumerate(pieces) if model.is_control(i) or p in config.special]
         tokens += [t for t in config.added if t.special or (t.special is None and t.id >= size)]
@@ -216,13 +224,17 @@ class _SentencePiece:
         self.first_id = model.bos_id() if config.tokenizer_class in ANY_CLASSES else None
 
     def encode(self, text: str, control: bool, continuation: bool) -> list[int]:
-        """Each stretch between control tokens on its own, as Meta's reference does."""
+        """Each stretch between control tokens on its own."""
         ids, start = [], 0
         for match in self.pattern.finditer(text) if control else ():
-            ids += _as_text(self._stretch, text[start : match.start()], continuation and not start, *self._unasked)
+            ids += self._encode_stretch(text[start : match.start()], start == 0, continuation)
             ids.append(self.control[match[match.lastindex]])
             start = match.end()
-        return ids + _as_text(self._stretch, text[start:], continuation and not start, *self._unasked)
+        return ids + self._encode_stretch(text[start:], start == 0, continuation)
+
+    def _encode_stretch(self, text: str, first: bool, continuation: bool) -> list[int]:
+        bare = {"first": continuation or not first, "always": continuation and first, "never": True}[self._scheme]
+        return _as_text(self._stretch, text, bare, *self._unasked)
 
     def _stretch(self, text: str, continuation: bool) -> list[int]:
         spaces = text[: len(text) - len(text.lstrip())]
@@ -254,13 +266,16 @@ class _TokenizersFile:
 
     def __init__(self, raw: bytes, config: TokenizerConfig) -> None:
         document = {"added_tokens": []} | json.loads(raw)
+        self.scheme = None
+        if config.own_rules and document["model"].get("type") == "BPE" and b'"ByteLevel"' not in raw:
+            self.scheme = config.prepend_scheme
+            document |= {"normalizer": None, "pre_tokenizer": _metaspace(self.scheme)}
         said, prefix = document["model"], document["model"].get("continuing_subword_prefix")
         for merge in said.get("merges") or () if prefix else ():
             if not (merge.split(" ") if isinstance(merge, str) else merge)[-1].startswith(prefix):
                 raise ValueError(f"the merge {merge!r} lacks the prefix {prefix!r}")  # which ends the process there
         model = tokenizers.Tokenizer.from_buffer(raw).model
-        for token in document["added_tokens"]:
-            token["special"] = token["special"] or token["content"] in config.special
+        _take_over(document["added_tokens"], config)
         # the rules without the model, which takes time to read, and without what would cut texts, left by someone's run
         document |= {"model": {"type": "BPE", "vocab": {}, "merges": []}, "truncation": None, "padding": None}
         bare = document | {key: _without_prefix(document.get(key)) for key in ("normalizer", "pre_tokenizer")}
@@ -310,6 +325,24 @@ def _instance(document: dict, model: tokenizers.models.Model, control: bool) -> 
         add([tokenizers.AddedToken(token["content"], **flags)])
     instance.encode_special_tokens = not control
     return instance
+
+
+def _take_over(tokens: list[dict], config: TokenizerConfig) -> None:
+    """Complete the added tokens of a tokenizer.json by what tokenizer_config.json says of them, as transformers does."""
+    by_text = {token["content"]: token for token in tokens}
+    for told in config.added:
+        known = by_text.get(told.text)
+        if known is None:
+            known = {"content": told.text, "special": False}
+            tokens.append(known)
+        if told.special is not None:  # its tokenizer_config.json, and not the older added_tokens.json
+            known |= {key: getattr(told, key) for key in ("special", "lstrip", "rstrip", "single_word", "normalized")}
+    for token in tokens:
+        token["special"] = token["special"] or token["content"] in config.special
+
+
+def _metaspace(scheme: str) -> dict:
+    return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
 
 
 def _without_prefix(part: dict | None) -> dict | None:

@@ -1,17 +1,24 @@
-"""What the JSON files beside a tokenizer say about it: added tokens, names, BOS policy, ends, chat template."""
+"""What the JSON files beside a tokenizer say about it: added tokens, names, BOS policy, prefix, ends, chat template."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lit_sft.documents import read_bytes
 from lit_sft.errors import InputError
+from lit_sft.families import find_family
 from lit_sft.layout import HF_CONFIG
 
 MOST_IDS = 1 << 20  # four times the largest vocabulary known; more is a damaged file
 
 MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")  # the second is transformers 5's name
+
+
+# classes of transformers that make a tokenizer's rules anew, whatever its tokenizer.json says of them
+OWN_RULES = ("LlamaTokenizer", "CodeLlamaTokenizer")
+
+PrependScheme = Literal["first", "always", "never"]
 
 
 class Added(NamedTuple):
@@ -22,6 +29,8 @@ class Added(NamedTuple):
     special: bool | None = None
     lstrip: bool = False
     rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,9 +45,16 @@ class TokenizerConfig:
     """The text of every token that is called special."""
     add_bos: bool | None
     tokenizer_class: str | None
+    prepend_scheme: PrependScheme
+    """Where a sentencepiece model puts a space: in front of the text's first stretch between control tokens, of every
+    stretch (``legacy``), or of none (``add_prefix_space`` false)."""
+    own_rules: bool
+    """Whether transformers makes the rules of a tokenizer.json anew, by ``prepend_scheme``, because of its class."""
     ids: dict[str, list[int]]
     """``bos_token`` and ``eos_token`` as ids, by generation_config.json and config.json: models often stop at more."""
     chat_template: str | None
+    template_names: tuple[str, ...]
+    """The names of several chat templates, where none of them is the default; ``chat_template`` is None then."""
 
     @classmethod
     def from_dir(cls, directory: Path) -> "TokenizerConfig":
@@ -47,14 +63,13 @@ class TokenizerConfig:
         models = [_read_json(directory / name) for name in ("generation_config.json", HF_CONFIG)]
         try:
             added = {i: Added(i, text) for text, i in _read_json(directory / "added_tokens.json").items()}
-            added |= {t["id"]: _added(t["id"], t) for t in _of_the_other_file(directory)}
             added |= {int(i): _added(int(i), t) for i, t in (settings.get("added_tokens_decoder") or {}).items()}
             if wrong := [t for t in added.values() if type(t.id) is not int or not 0 <= t.id < MOST_IDS]:
                 raise ValueError(f"{wrong[0].text!r} has the id {wrong[0].id!r}")
             names = {key: value for key, value in settings.items() if key.endswith("_token") and _is_name(value)}
             names = {key: _text(value) if value else None for key, value in names.items()}
             more = [_text(token) for key in MORE_SPECIAL for token in _values(settings.get(key) or [])]
-            template = _chat_template(directory, settings.get("chat_template"))
+            template, template_names = _chat_template(directory, settings.get("chat_template"))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{directory}: the special tokens or the chat template in tokenizer_config.json, added_tokens.json "
@@ -67,8 +82,11 @@ class TokenizerConfig:
             special=frozenset({*filter(None, names.values()), *more, *(t.text for t in added.values() if t.special)}),
             add_bos=policy if isinstance(policy, bool) else None,
             tokenizer_class=kind if isinstance(kind, str) else None,
+            prepend_scheme=_prepend_scheme(settings, str(kind)),
+            own_rules=_has_own_rules(kind, models[1]),
             ids={name: [i for m in models for i in _ids(m.get(f"{name}_id"))] for name in ("bos_token", "eos_token")},
             chat_template=template,
+            template_names=template_names,
         )
 
 
@@ -83,10 +101,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _of_the_other_file(directory: Path) -> list[dict[str, Any]]:
-    """The added tokens of a tokenizer.json beside a tokenizer.model: transformers 5 writes them nowhere else."""
-    both = (directory / "tokenizer.model").is_file() and (directory / "tokenizer.json").is_file()
-    return (_read_json(directory / "tokenizer.json").get("added_tokens") or []) if both else []
+def _prepend_scheme(settings: dict[str, Any], tokenizer_class: str) -> PrependScheme:
+    """The rule of transformers 5, where ``legacy`` is false unless a file says otherwise."""
+    if settings.get("add_prefix_space") is False:
+        return "never"
+    has_legacy = not tokenizer_class.startswith("CodeLlama")
+    return "always" if settings.get("legacy") and has_legacy else "first"
+
+
+def _has_own_rules(tokenizer_class: object, hf_config: dict[str, Any]) -> bool:
+    if not isinstance(tokenizer_class, str) or tokenizer_class.removesuffix("Fast") not in OWN_RULES:
+        return False
+    try:
+        return find_family(hf_config).tokenizer_by_class
+    except InputError:  # a tokenizer without its model
+        return True
 
 
 def _is_name(value: object) -> bool:
@@ -106,22 +135,32 @@ def _values(tokens: list[Any] | dict[str, Any]) -> list[Any]:
 
 
 def _added(i: int, token: dict[str, Any]) -> Added:
-    flags = (bool(token.get(flag, False)) for flag in ("special", "lstrip", "rstrip"))
-    return Added(i, _text(token["content"]), *flags)
+    flags = (bool(token.get(flag, False)) for flag in ("special", "lstrip", "rstrip", "single_word"))
+    return Added(i, _text(token["content"]), *flags, normalized=bool(token.get("normalized", not token.get("special"))))
 
 
 def _ids(value: object) -> list[int]:
     return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
 
 
-def _chat_template(directory: Path, value: str | list[dict[str, str]] | None) -> str | None:
-    """chat_template.jinja if there, else tokenizer_config.json's own, of several the one named default."""
+def _chat_template(
+    directory: Path, value: str | list[dict[str, str]] | dict[str, str] | None
+) -> tuple[str | None, tuple[str, ...]]:
+    """chat_template.jinja if there, else tokenizer_config.json's own, else chat_template.json's (a processor's).
+
+    Gives the template, or None with the names of several that have no default among them.
+    """
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return read_bytes(path).decode().replace("\r\n", "\n").replace("\r", "\n")
+        return read_bytes(path).decode().replace("\r\n", "\n").replace("\r", "\n"), ()
+    value = value or _read_json(directory / "chat_template.json").get("chat_template")
     if isinstance(value, list):
-        value = {template["name"]: template["template"] for template in value}.get("default")
+        value = {template["name"]: template["template"] for template in value}
+    if isinstance(value, dict):
+        if len(value) > 0 and "default" not in value:
+            return None, tuple(sorted(map(str, value)))
+        value = value.get("default")
     if not isinstance(value, str | None):
         raise TypeError(f"chat_template is a {type(value).__name__}")
     (value or "").encode()
-    return value
+    return value, ()

@@ -70,6 +70,9 @@ class Family:
     """The architecture's name in GGUF files; None: they have none that computes the same."""
     ignored: tuple[str, ...] = ()
     """Regular expressions of Hub names that hold nothing that is trained (buffers)."""
+    tokenizer_by_class: bool = True
+    """Whether transformers makes the tokenizer by the ``tokenizer_class`` that its files name; for the other families
+    (TOKENIZER_MAPPING_NAMES: TokenizersBackend) it takes the tokenizer.json as it is."""
 
     def read_config(self, hf_config: dict) -> ModelConfig:
         """ModelConfig of a config.json; InputError names a field that is missing, wrong or not supported."""
