@@ -17,6 +17,7 @@ import tokenizers
 from lit_sft.errors import InputError
 from lit_sft.layout import resolve_checkpoint_dir
 from lit_sft.tokenizer_config import Added, TokenizerConfig
+from lit_sft.tokenizer_rules import rules_of_class
 from lit_sft.word_cache import WordCache
 
 # classes of transformers that add BOS unless told not to
@@ -72,8 +73,9 @@ class Tokenizer:
         stops = {self.eos_id, *config.ids["eos_token"]}
         self.stop_ids: frozenset[int] = frozenset(i for i in stops if i is not None and 0 <= i < self.vocab_size)
         self.chat_template: str | None = config.chat_template
-        rules = [config.added, sorted(self._file.control.items()), self.bos_id, self.eos_id, self.adds_bos]
-        rules += [self._file.scheme] if self._file.scheme else []
+        added = [token[:5] for token in config.added]
+        rules = [added, sorted(self._file.control.items()), self.bos_id, self.eos_id, self.adds_bos]
+        rules += [self._file.rules] if self._file.rules else []  # else the fingerprint is that of earlier versions
         self.fingerprint: str = hashlib.sha256(raw + json.dumps(rules).encode()).hexdigest()
 
     def __reduce__(self) -> tuple:
@@ -210,9 +212,10 @@ class _SentencePiece:
         self._words = WordCache(self._whole, self._bare)
         self._scheme = config.prepend_scheme
         has_prefix = self._whole.encode("a") != self._bare.encode("a")
-        self.scheme = self._scheme if has_prefix and self._scheme != "always" else None
+        self.rules = {"prepend_scheme": self._scheme} if has_prefix and self._scheme != "always" else {}
         self.decode, self.size = self._whole.decode, self._whole.vocab_size()
-        tokens = [Added(i, p) for i, p in enumerate(pieces) if model.is_control(i) or p in config.special]
+        added = {t.id: t for t in config.added}
+        tokens = [added.get(i, Added(i, p)) for i, p in enumerate(pieces) if model.is_control(i) or p in config.special]
         tokens += [t for t in config.added if t.special or (t.special is None and t.id >= size)]
         tokens = [t for t in tokens if t.id != unk_id]
         self.control, self.pattern = {t.text: t.id for t in tokens}, _pattern(tokens)
@@ -266,16 +269,18 @@ class _TokenizersFile:
 
     def __init__(self, raw: bytes, config: TokenizerConfig) -> None:
         document = {"added_tokens": []} | json.loads(raw)
-        self.scheme = None
-        if config.own_rules and document["model"].get("type") == "BPE" and b'"ByteLevel"' not in raw:
-            self.scheme = config.prepend_scheme
-            document |= {"normalizer": None, "pre_tokenizer": _metaspace(self.scheme)}
+        rules = rules_of_class(document, config.settings, config.hf_config) or {}
+        self.rules = {key: rule for key, rule in rules.items() if rule != document.get(key)}
+        if tokens := _completed(document["added_tokens"], config):
+            self.rules["added_tokens"] = tokens
+        document |= self.rules
         said, prefix = document["model"], document["model"].get("continuing_subword_prefix")
         for merge in said.get("merges") or () if prefix else ():
             if not (merge.split(" ") if isinstance(merge, str) else merge)[-1].startswith(prefix):
                 raise ValueError(f"the merge {merge!r} lacks the prefix {prefix!r}")  # which ends the process there
         model = tokenizers.Tokenizer.from_buffer(raw).model
-        _take_over(document["added_tokens"], config)
+        for token in document["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in config.special
         # the rules without the model, which takes time to read, and without what would cut texts, left by someone's run
         document |= {"model": {"type": "BPE", "vocab": {}, "merges": []}, "truncation": None, "padding": None}
         bare = document | {key: _without_prefix(document.get(key)) for key in ("normalizer", "pre_tokenizer")}
@@ -327,22 +332,15 @@ def _instance(document: dict, model: tokenizers.models.Model, control: bool) -> 
     return instance
 
 
-def _take_over(tokens: list[dict], config: TokenizerConfig) -> None:
-    """Complete the added tokens of a tokenizer.json by what tokenizer_config.json says of them, as transformers does."""
-    by_text = {token["content"]: token for token in tokens}
+def _completed(tokens: list[dict], config: TokenizerConfig) -> list[dict] | None:
+    """The added tokens of a tokenizer.json with what tokenizer_config.json says of them; None where that is no more."""
+    by_text = {token["content"]: dict(token) for token in tokens}
     for told in config.added:
-        known = by_text.get(told.text)
-        if known is None:
-            known = {"content": told.text, "special": False}
-            tokens.append(known)
-        if told.special is not None:  # its tokenizer_config.json, and not the older added_tokens.json
-            known |= {key: getattr(told, key) for key in ("special", "lstrip", "rstrip", "single_word", "normalized")}
-    for token in tokens:
-        token["special"] = token["special"] or token["content"] in config.special
-
-
-def _metaspace(scheme: str) -> dict:
-    return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+        token = by_text.setdefault(told.text, {"content": told.text, "special": False})
+        if told.special is not None:  # said by tokenizer_config.json, not by the older added_tokens.json
+            token |= {key: getattr(told, key) for key in ("special", "lstrip", "rstrip", "single_word", "normalized")}
+    completed = list(by_text.values())
+    return completed if completed != tokens else None
 
 
 def _without_prefix(part: dict | None) -> dict | None:

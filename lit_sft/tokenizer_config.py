@@ -3,22 +3,16 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from lit_sft.documents import read_bytes
 from lit_sft.errors import InputError
-from lit_sft.families import find_family
 from lit_sft.layout import HF_CONFIG
+from lit_sft.tokenizer_rules import prepend_scheme
 
 MOST_IDS = 1 << 20  # four times the largest vocabulary known; more is a damaged file
 
 MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")  # the second is transformers 5's name
-
-
-# classes of transformers that make a tokenizer's rules anew, whatever its tokenizer.json says of them
-OWN_RULES = ("LlamaTokenizer", "CodeLlamaTokenizer")
-
-PrependScheme = Literal["first", "always", "never"]
 
 
 class Added(NamedTuple):
@@ -45,11 +39,12 @@ class TokenizerConfig:
     """The text of every token that is called special."""
     add_bos: bool | None
     tokenizer_class: str | None
-    prepend_scheme: PrependScheme
-    """Where a sentencepiece model puts a space: in front of the text's first stretch between control tokens, of every
-    stretch (``legacy``), or of none (``add_prefix_space`` false)."""
-    own_rules: bool
-    """Whether transformers makes the rules of a tokenizer.json anew, by ``prepend_scheme``, because of its class."""
+    prepend_scheme: str
+    """Where a sentencepiece model puts a space in front: ``first``, ``always`` or ``never`` (tokenizer_rules)."""
+    settings: dict[str, Any]
+    """What tokenizer_config.json says, with special_tokens_map.json under it."""
+    hf_config: dict[str, Any]
+    """config.json."""
     ids: dict[str, list[int]]
     """``bos_token`` and ``eos_token`` as ids, by generation_config.json and config.json: models often stop at more."""
     chat_template: str | None
@@ -82,8 +77,9 @@ class TokenizerConfig:
             special=frozenset({*filter(None, names.values()), *more, *(t.text for t in added.values() if t.special)}),
             add_bos=policy if isinstance(policy, bool) else None,
             tokenizer_class=kind if isinstance(kind, str) else None,
-            prepend_scheme=_prepend_scheme(settings, str(kind)),
-            own_rules=_has_own_rules(kind, models[1]),
+            prepend_scheme=prepend_scheme(settings),
+            settings=settings,
+            hf_config=models[1],
             ids={name: [i for m in models for i in _ids(m.get(f"{name}_id"))] for name in ("bos_token", "eos_token")},
             chat_template=template,
             template_names=template_names,
@@ -99,23 +95,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{path} holds a {type(found).__name__}, not an object; download it again")
     return found
-
-
-def _prepend_scheme(settings: dict[str, Any], tokenizer_class: str) -> PrependScheme:
-    """The rule of transformers 5, where ``legacy`` is false unless a file says otherwise."""
-    if settings.get("add_prefix_space") is False:
-        return "never"
-    has_legacy = not tokenizer_class.startswith("CodeLlama")
-    return "always" if settings.get("legacy") and has_legacy else "first"
-
-
-def _has_own_rules(tokenizer_class: object, hf_config: dict[str, Any]) -> bool:
-    if not isinstance(tokenizer_class, str) or tokenizer_class.removesuffix("Fast") not in OWN_RULES:
-        return False
-    try:
-        return find_family(hf_config).tokenizer_by_class
-    except InputError:  # a tokenizer without its model
-        return True
 
 
 def _is_name(value: object) -> bool:

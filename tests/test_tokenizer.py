@@ -1,4 +1,4 @@
-"""The oracle is the file's own library: sentencepiece for tokenizer.model, tokenizers for tokenizer.json."""
+"""The oracle is transformers' AutoTokenizer for tokenizer.json, sentencepiece for a tokenizer.model alone."""
 
 import json
 import pickle
@@ -14,7 +14,7 @@ import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_kinds import MAKERS, made, write
+from tokenizer_kinds import MAKERS, ids_of_text, made, of_transformers, write
 from tokenizers import processors
 from transformers import AutoTokenizer
 
@@ -55,13 +55,13 @@ def tokenizer_of(tmp_path_factory):
 
 @cache
 def library(name: str):
-    """(encode, decode) of the file's own library, control tokens in a text left text."""
+    """(encode, decode) of the oracle, control tokens in a text left text."""
     if name in SENTENCEPIECE:
         sp = sentencepiece.SentencePieceProcessor(model_proto=made(name).tokenizer)
         return sp.encode, sp.decode
-    tok = tokenizers.Tokenizer.from_str(made(name).tokenizer.decode())
-    tok.encode_special_tokens = True
-    return lambda text: tok.encode(text, add_special_tokens=False).ids, lambda ids: tok.decode(ids, False)
+    theirs, tok = of_transformers(name), tokenizers.Tokenizer.from_str(made(name).tokenizer.decode())
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    return lambda text: theirs([text], **options).input_ids[0], lambda ids: tok.decode(ids, False)
 
 
 EVERY = pytest.mark.parametrize("name", MAKERS)
@@ -108,7 +108,7 @@ def test_a_leading_space_comes_after_the_dummy_prefix(tokenizer_of):
 
 @pytest.mark.parametrize("text", [t for t in TEXTS if "▁" not in t and not re.search("<0x|<unk>", t)])
 def test_both_files_of_one_model_agree(tokenizer_of, text):
-    if text:  # sentencepiece gives "" no dummy prefix
+    if text and text[0] != " ":  # sentencepiece gives "" no space in front, and a second one where there is one
         assert tokenizer_of("llama2_prepend").encode(text) == tokenizer_of("llama2").encode(text)
 
 
@@ -134,20 +134,22 @@ def test_user_text_comes_back_whole(tokenizer_of, name):
 
 @pytest.mark.parametrize("name", JSON)
 @pytest.mark.parametrize("text", [*TEXTS, INSTRUCTION, "<s>hi</s><s> hi", "x<|eot_id|>  y<|endoftext|>"])
-def test_control_text_of_a_tokenizer_json_is_the_librarys(tokenizer_of, name, text):
-    plain = tokenizers.Tokenizer.from_str(made(name).tokenizer.decode())
-    ids = plain.encode(text, add_special_tokens=False).ids
-    assert tokenizer_of(name).encode(text, bos=False, control=True) == ids
+def test_control_text_of_a_tokenizer_json_is_that_of_transformers(tokenizer_of, name, text):
+    assert tokenizer_of(name).encode(text, bos=False, control=True) == ids_of_text(name, text)
 
 
-def test_control_text_of_sentencepiece_is_encoded_stretch_by_stretch(tokenizer_of):
-    tok, encode = tokenizer_of("llama2"), library("llama2")[0]
-    text = "[INST] hi [/INST] there</s><s>[INST] again"
-    expected = [*encode("[INST] hi [/INST] there"), 2, 1, *encode("[INST] again")]
-    assert tok.encode(text, bos=False, control=True) == expected
-    tok, encode = tokenizer_of("symbols"), library("symbols")[0]
-    ids = [*encode("a"), tok.token_id("[INST]"), *encode("b")]
-    assert tok.encode("a[INST]b", bos=False, control=True) == ids
+@pytest.mark.parametrize("name", ["llama2", "llama2_legacy", "mistral_v3", "chatml", "codellama", "phi3", "gemma"])
+@pytest.mark.parametrize("text", [*TEXTS, "<s>hi</s><s> hi", "<s>[INST] hi [/INST] there</s>\n", "a<|im_end|>\nb"])
+def test_control_text_of_sentencepiece(tokenizer_of, name, text):
+    assert tokenizer_of(name).encode(text, bos=False, control=True) == ids_of_text(name, text)
+
+
+def test_where_sentencepiece_puts_a_space_in_front(tokenizer_of):
+    text = "[INST] hi</s>there"
+    sp = sentencepiece.SentencePieceProcessor(model_proto=made("llama2").tokenizer)
+    first, legacy = (tokenizer_of(name).encode(text, bos=False, control=True) for name in ("llama2", "llama2_legacy"))
+    assert legacy == [*sp.encode("[INST] hi"), 2, *sp.encode("there")]
+    assert first == [*sp.encode("[INST] hi"), 2, *sp.encode("\nthere")[len(sp.encode("\n")) :]] != legacy
 
 
 def test_a_text_that_begins_with_bos_gets_no_second_one(tokenizer_of):
@@ -367,13 +369,13 @@ def test_bos_policy(tmp_path, name, config, expected):
     assert (tok.encode("a")[0] == tok.bos_id) is expected
 
 
-# what transformers 5 makes anew from the vocabulary, with rules of its own, instead of reading the file
-REMADE = ("llama2_prepend", "llama2_normalized", "phi3_json", "stablelm2", "metaspace_always", "unigram_json")
+# whose BOS transformers 5 no longer adds, as its tokenizer.json does not say so
+WITHOUT_BOS = ("deepseek", "llama2_normalized", "metaspace_always")
 
 
-@pytest.mark.parametrize("name", [n for n in JSON if n not in (*REMADE, "deepseek")])  # whose add_bos_token is ignored
+@pytest.mark.parametrize("name", [n for n in JSON if n not in WITHOUT_BOS])
 def test_whole_sequences_are_those_of_transformers(tmp_path, name):
-    theirs, ours = AutoTokenizer.from_pretrained(write(tmp_path, name)), Tokenizer(tmp_path)
+    theirs, ours = of_transformers(name), Tokenizer(write(tmp_path, name))
     for text in [*TEXTS, INSTRUCTION, *ours._file.control]:
         ids = theirs(text).input_ids
         assert ours.encode(text, control=True) == ids[ids[:2] == [ours.bos_id] * 2 :]  # but for a doubled BOS
@@ -504,23 +506,11 @@ def test_tokens_added_to_sentencepiece(extended):
     start, end, word, long, pad = size, size + 1, size + 3, size + 4, size + 9
     assert tok.vocab_size == size + 10
     text = "<|im_start|>\nhi<|im_end|> x<pad>"
-    assert tok.encode(text, bos=False, control=True) == [start, *encode("hi"), end, *encode(" x"), pad]
+    assert tok.encode(text, bos=False, control=True) == [start, *encode("\nhi")[2:], end, *encode("x"), pad]
     assert tok.encode(text) == [1, *encode(text)]  # as a user writes it
     assert tok.encode("a new words" + "w" * 300, bos=False) == [*encode("a "), word, *encode("\ns")[2:], long]
     assert tok.decode([start, word, end, long, size + 2, pad]) == "new word" + "w" * 300
     assert "".join(tok.stream([word, 300, size + 2, word, 301])) == tok.decode([word, 300, word, 301])
-
-
-def test_tokens_that_only_the_other_file_adds_are_known(tmp_path):
-    """transformers 5 writes added tokens into tokenizer.json alone; a tokenizer.model may lie beside it."""
-    directory = write(
-        write(tmp_path, "phi3_json"), "llama2", tokenizer_config=made("phi3_json").beside["tokenizer_config"]
-    )
-    tok, other = Tokenizer(directory), Tokenizer(write(tmp_path / "other", "phi3"))
-    for text in ("<|user|>\nhi<|end|>\n<|assistant|> there", "</s><|end|>"):
-        assert tok.encode(text, control=True) == other.encode(text, control=True)
-        assert tok.encode(text) == other.encode(text)
-    assert tok.eos_id == tok.token_id("<|endoftext|>") == other.eos_id
 
 
 def test_user_defined_pieces_that_are_called_special_are_control_tokens(tmp_path):
@@ -588,9 +578,9 @@ def test_fingerprint(tmp_path, tokenizer_of):
         assert Tokenizer(write(tmp_path / str(number), "llama2", **files)).fingerprint != prints["llama2"]
 
 
-def test_sentencepiece_goes_first(tmp_path):
-    write(write(tmp_path, "neox"), "llama2")
-    assert Tokenizer(tmp_path).encode("a b", bos=False) == library("llama2")[0]("a b")
+def test_tokenizer_json_goes_first(tmp_path):
+    write(write(tmp_path, "llama2"), "neox")
+    assert Tokenizer(tmp_path).encode("a b", bos=False) == library("neox")[0]("a b")
 
 
 def test_no_tokenizer(tmp_path):

@@ -19,8 +19,12 @@ def test_silence(tmp_path):
         special=frozenset(),
         add_bos=None,
         tokenizer_class=None,
+        prepend_scheme="first",
+        settings={},
+        hf_config={},
         ids={"bos_token": [], "eos_token": []},
         chat_template=None,
+        template_names=(),
     )
 
 
@@ -45,7 +49,8 @@ def test_everything(tmp_path):
         generation_config={"eos_token_id": [1, 2], "bos_token_id": 0},
         config={"eos_token_id": 3, "bos_token_id": None},
     )
-    assert config.added == [Added(5, "c", False, rstrip=True), Added(7, "<c>", True, lstrip=True), Added(8, "<d>")]
+    told = [Added(5, "c", False, rstrip=True, normalized=True), Added(7, "<c>", True, lstrip=True)]
+    assert config.added == [*told, Added(8, "<d>")]
     assert config.names == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": None, "unk_token": None}
     assert config.special == {"<s>", "</s>", "<a>", "<b>", "<c>"}
     assert (config.add_bos, config.tokenizer_class) == (True, "LlamaTokenizer")

@@ -5,6 +5,8 @@ What is trained is small; what cuts, prefixes, falls back and names tokens is wh
 
 import io
 import json
+import re
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import NamedTuple
 import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and then it sleeps in the sun for 12 hours.",
@@ -26,11 +29,13 @@ CORPUS = [
 
 
 class Kind(NamedTuple):
-    """A tokenizer's files: ``tokenizer``: the bytes of its ``file``; ``beside``: the JSON files beside it, by stem."""
+    """A tokenizer's files: ``tokenizer``: the bytes of its ``file``; ``beside``: the JSON files beside it, by stem;
+    ``other``: those of a tokenizer.model that lies beside a tokenizer.json."""
 
     file: str
     tokenizer: bytes
     beside: dict[str, dict]
+    other: bytes | None = None
 
 
 # ---- sentencepiece
@@ -100,6 +105,23 @@ def llama2() -> Kind:
     return Kind("tokenizer.model", llama_model(), {"tokenizer_config": config, "generation_config": generation})
 
 
+def llama2_legacy() -> Kind:
+    """Conversions of 2023: a space in front of every stretch between control tokens."""
+    return llama2()._replace(beside={"tokenizer_config": {**LLAMA_CONFIG, "legacy": True}})
+
+
+CHATML = ["<|im_start|>", "<|im_end|>"]
+
+
+def chatml(special_tokens: bool = True) -> Kind:
+    """ChatML on Llama 2, from its tokenizer.model alone."""
+    size = sentencepiece.SentencePieceProcessor(model_proto=llama_model()).vocab_size()
+    tokens = decoder_of(llama_model(), "<unk>", "<s>", "</s>")
+    tokens |= {str(size + i): special(text, special=special_tokens) for i, text in enumerate(CHATML)}
+    names = {**LLAMA_CONFIG, "eos_token": "<|im_end|>", "added_tokens_decoder": tokens}
+    return Kind("tokenizer.model", llama_model(), {"tokenizer_config": names})
+
+
 def codellama() -> Kind:
     fill = ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
     model = sentencepiece_model(user_defined_symbols=fill)
@@ -107,10 +129,12 @@ def codellama() -> Kind:
     return Kind("tokenizer.model", model, {"tokenizer_config": names, "special_tokens_map": {"bos_token": "<s>"}})
 
 
+MISTRAL_CONTROLS = ["[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[control_8]"]
+
+
 def mistral_v3() -> Kind:
-    controls = ["[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[control_8]"]
-    model = sentencepiece_model(control_symbols=controls)
-    tokens = decoder_of(model, "<unk>", "<s>", "</s>", *controls)
+    model = sentencepiece_model(control_symbols=MISTRAL_CONTROLS)
+    tokens = decoder_of(model, "<unk>", "<s>", "</s>", *MISTRAL_CONTROLS)
     return Kind("tokenizer.model", model, {"tokenizer_config": {**LLAMA_CONFIG, "added_tokens_decoder": tokens}})
 
 
@@ -239,6 +263,48 @@ def unigram_json() -> Kind:
     tok.decoder = decoders.Metaspace()
     tok.add_special_tokens(["<unk>", "</s>"])
     return to_kind(tok, {"eos_token": "</s>"})
+
+
+def llama2_legacy_json() -> Kind:
+    """What transformers' class makes of it does not follow from the file: a space in front of every stretch."""
+    return llama2_metaspace()._replace(beside={"tokenizer_config": {**LLAMA_CONFIG, "legacy": True}})
+
+
+def llama2_no_prefix_json() -> Kind:
+    return llama2_metaspace()._replace(beside={"tokenizer_config": {**LLAMA_CONFIG, "add_prefix_space": False}})
+
+
+def mistral_v1_json() -> Kind:
+    """Read as it is, whatever class it names."""
+    return llama2_prepend()._replace(beside={"tokenizer_config": {**LLAMA_CONFIG, "legacy": True}})
+
+
+def mistral_v3_both() -> Kind:
+    model = made("mistral_v3").tokenizer
+    tok = bpe_of(model)
+    tok.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    tok.decoder = fallback_decoder(strip=True)
+    tok.add_special_tokens([AddedToken(t, normalized=False) for t in ("<unk>", "<s>", "</s>", *MISTRAL_CONTROLS)])
+    tok.post_processor = bos_template(tok, "<s>")
+    return to_kind(tok, made("mistral_v3").beside["tokenizer_config"])._replace(other=model)
+
+
+def chatml_both(special_tokens: bool = True) -> Kind:
+    """ChatML on Llama 2: both files, of which the tokenizer.model knows nothing of ChatML."""
+    tok = tokenizers.Tokenizer.from_str(made("llama2_metaspace").tokenizer.decode())
+    add = tok.add_special_tokens if special_tokens else tok.add_tokens
+    add([AddedToken(text, normalized=False) for text in CHATML])
+    names = {**LLAMA_CONFIG, "eos_token": "<|im_end|>"}
+    return to_kind(tok, names)._replace(other=llama_model())
+
+
+def chatml_words_both() -> Kind:
+    return chatml_both(special_tokens=False)
+
+
+def chatml_added() -> Kind:
+    """A tokenizer.json from before ChatML was added, which tokenizer_config.json alone knows."""
+    return made("llama2_metaspace")._replace(beside=made("chatml").beside)
 
 
 def phi3_json() -> Kind:
@@ -497,11 +563,25 @@ def deepseek() -> Kind:
 MAKERS: dict[str, Callable[[], Kind]] = {
     maker.__name__: maker
     for maker in (
-        *(llama2, codellama, mistral_v3, open_llama, hermes, phi3, gemma, t5_like, symbols),
+        *(llama2, llama2_legacy, chatml, codellama, mistral_v3, open_llama, hermes, phi3, gemma, t5_like, symbols),
         *(llama2_prepend, llama2_normalized, llama2_metaspace, metaspace_always, unigram_json, phi3_json, gemma_json),
+        *(llama2_legacy_json, llama2_no_prefix_json, mistral_v1_json, mistral_v3_both, chatml_both, chatml_words_both),
+        chatml_added,
         *(neox, stablelm_alpha, stablecode, starcoder, smollm2, falcon, falcon_rw, gpt2_prefix, llama3, smollm3),
         *(qwen2, qwen3, nemo, phi4, phi4_mini, olmo2, stablelm2, deepseek),
     )
+}
+
+
+# config.json's model_type, by which transformers decides whether a tokenizer's class counts; llama for all others
+MODEL_TYPES = {
+    **dict.fromkeys(("mistral_v3", "mistral_v3_both", "mistral_v1_json", "nemo"), "mistral"),
+    **dict.fromkeys(("phi3", "phi3_json", "phi4", "phi4_mini"), "phi3"),
+    **dict.fromkeys(("gemma", "gemma_json"), "gemma2"),
+    **dict.fromkeys(("neox", "stablecode"), "gpt_neox"),
+    **dict.fromkeys(("falcon", "falcon_rw"), "falcon"),
+    **dict.fromkeys(("stablelm_alpha", "stablelm2"), "stablelm"),
+    **{"smollm3": "smollm3", "qwen2": "qwen2", "qwen3": "qwen3", "olmo2": "olmo2"},
 }
 
 
@@ -511,10 +591,60 @@ def made(name: str) -> Kind:
 
 
 def write(directory: Path, name: str, **files: dict) -> Path:
-    """A checkpoint_dir with tokenizer ``name`` and JSON ``files`` beside it, by stem: its own unless some are given."""
+    """A checkpoint_dir with tokenizer ``name`` and JSON ``files`` beside it, by stem: its own unless some are given.
+
+    Its config.json names a model_type in any case.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     kind = made(name)
     (directory / kind.file).write_bytes(kind.tokenizer)
-    for stem, content in (files or kind.beside).items():
+    if kind.other is not None:
+        (directory / "tokenizer.model").write_bytes(kind.other)
+    files = files or kind.beside
+    model = {"model_type": MODEL_TYPES.get(name, "llama")} | files.get("config", {})
+    for stem, content in {**files, "config": model}.items():
         (directory / f"{stem}.json").write_text(json.dumps(content))
     return directory
+
+
+# ---- oracles
+
+
+@cache
+def of_transformers(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that deployment uses."""
+    with tempfile.TemporaryDirectory() as directory:
+        return AutoTokenizer.from_pretrained(write(Path(directory), name))
+
+
+def ids_of_text(name: str, text: str) -> list[int]:
+    """The ids of a whole text in which control tokens are meant.
+
+    Of a tokenizer.json those of AutoTokenizer. Of a tokenizer.model alone, which transformers reads with protobuf only,
+    those of sentencepiece for each stretch between control tokens; by its documentation of ``legacy`` the space in
+    front is put there where the text begins, if legacy is false, and in front of every stretch, if it is true.
+    """
+    if made(name).file == "tokenizer.json":
+        return of_transformers(name)(text, add_special_tokens=False).input_ids
+    config = made(name).beside.get("tokenizer_config", {})
+    decoder = config.get("added_tokens_decoder", {})
+    sp = sentencepiece.SentencePieceProcessor(model_proto=made(name).tokenizer)
+    ids = {t["content"]: int(i) for i, t in decoder.items() if t["special"] and t["content"] != "<unk>"}
+    ids |= {sp.id_to_piece(i): i for i in range(sp.vocab_size()) if sp.is_control(i)}
+    strips = {t["content"]: t["rstrip"] for t in decoder.values()}
+    found, start = [], 0
+    for match in re.finditer("|".join(map(re.escape, ids)), text):
+        if match.start() >= start:
+            found += [*_stretch(sp, text[start : match.start()], start, config), ids[match[0]]]
+            start = match.end()
+            start += (len(text[start:]) - len(text[start:].lstrip())) * strips.get(match[0], False)
+    return found + _stretch(sp, text[start:], start, config)
+
+
+def _stretch(sp: sentencepiece.SentencePieceProcessor, text: str, start: int, config: dict) -> list[int]:
+    if start == 0 or config.get("legacy"):
+        return sp.encode(text)
+    newline = sp.encode("\n")  # what follows a line break gets no space in front
+    ids = sp.encode("\n" + text)
+    assert ids[: len(newline)] == newline
+    return ids[len(newline) :]

@@ -70,9 +70,12 @@ class Family:
     """The architecture's name in GGUF files; None: they have none that computes the same."""
     ignored: tuple[str, ...] = ()
     """Regular expressions of Hub names that hold nothing that is trained (buffers)."""
-    tokenizer_by_class: bool = True
-    """Whether transformers makes the tokenizer by the ``tokenizer_class`` that its files name; for the other families
-    (TOKENIZER_MAPPING_NAMES: TokenizersBackend) it takes the tokenizer.json as it is."""
+    tokenizer_class: str | None = None
+    """The class that transformers has for the family's tokenizers (TOKENIZER_MAPPING_NAMES); None: it goes by the one
+    that tokenizer_config.json names. ``TokenizersBackend`` takes a tokenizer.json as it is, whatever that says."""
+    overrides_tokenizer_class: bool = False
+    """Whether ``tokenizer_class`` holds against one that tokenizer_config.json names
+    (MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS)."""
 
     def read_config(self, hf_config: dict) -> ModelConfig:
         """ModelConfig of a config.json; InputError names a field that is missing, wrong or not supported."""

@@ -33,4 +33,5 @@ FAMILY = Family(
     read=read,
     weight_map=weight_map,
     gguf="gemma",
+    tokenizer_class="GemmaTokenizer",
 )

@@ -52,4 +52,5 @@ FAMILY = Family(
     read=read,
     weight_map=weight_map,
     gguf="gemma2",
+    tokenizer_class="GemmaTokenizer",
 )

@@ -58,4 +58,5 @@ FAMILY = Family(
     weight_map=weight_map,
     gguf="gemma3",
     ignored=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
+    tokenizer_class="GemmaTokenizer",
 )

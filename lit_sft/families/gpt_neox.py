@@ -67,4 +67,5 @@ FAMILY = Family(
         r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
         r"gpt_neox\.rotary_emb\.inv_freq",
     ),
+    tokenizer_class="GPTNeoXTokenizer",
 )

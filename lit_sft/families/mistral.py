@@ -30,5 +30,5 @@ FAMILY = Family(
     weight_map=LLAMA.weight_map,
     gguf="llama",
     ignored=LLAMA.ignored,
-    tokenizer_by_class=False,
+    tokenizer_class="TokenizersBackend",
 )

@@ -43,5 +43,5 @@ FAMILY = Family(
     weight_map=weight_map,
     gguf="llama",
     ignored=LLAMA.ignored,
-    tokenizer_by_class=False,
+    tokenizer_class="TokenizersBackend",
 )

@@ -42,5 +42,5 @@ FAMILY = Family(
     read=read,
     weight_map=weight_map,
     gguf="olmo2",
-    tokenizer_by_class=False,
+    tokenizer_class="TokenizersBackend",
 )

@@ -45,5 +45,5 @@ FAMILY = Family(
     weight_map=weight_map,
     gguf="phi3",
     ignored=LLAMA.ignored,
-    tokenizer_by_class=False,
+    tokenizer_class="TokenizersBackend",
 )

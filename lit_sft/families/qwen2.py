@@ -30,4 +30,6 @@ FAMILY = Family(
     read=read,
     weight_map=weight_map,
     gguf="qwen2",
+    tokenizer_class="Qwen2Tokenizer",
+    overrides_tokenizer_class=True,
 )

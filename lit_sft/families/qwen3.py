@@ -37,4 +37,5 @@ FAMILY = Family(
     read=read,
     weight_map=weight_map,
     gguf="qwen3",
+    tokenizer_class="Qwen2Tokenizer",
 )

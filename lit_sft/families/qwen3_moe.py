@@ -49,4 +49,5 @@ FAMILY = Family(
     read=read,
     weight_map=weight_map,
     gguf="qwen3moe",
+    tokenizer_class="Qwen2Tokenizer",
 )

@@ -69,5 +69,5 @@ FAMILY = Family(
     respell=respell,
     gguf="stablelm",
     ignored=LLAMA.ignored,
-    tokenizer_by_class=False,
+    tokenizer_class="TokenizersBackend",
 )
