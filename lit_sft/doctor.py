@@ -177,7 +177,8 @@ def _summary(weights: list[Weight], found: Findings) -> str:
 def _tokenizer(directory: Path, config: ModelConfig | None, found: Findings) -> None:
     """Ids, ends and the prompt style that preparing would take."""
     tokenizer = Tokenizer(directory)
-    kind = next(name for name in ("tokenizer.model", "tokenizer.json") if (directory / name).is_file())
+    kind = next(name for name in ("tokenizer.json", "tokenizer.model") if (directory / name).is_file())
+    found.suspicious += tokenizer.notices()
     known = {"BOS": tokenizer.bos_id, "EOS": tokenizer.eos_id}
     texts = {"BOS": tokenizer.special_tokens.get("bos_token"), "EOS": tokenizer.special_tokens.get("eos_token")}
     named = [f"{name} {texts[name]} {i}" if i is not None else f"no {name}" for name, i in known.items()]

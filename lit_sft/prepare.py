@@ -59,6 +59,8 @@ def prepare_mix(args: PrepareArgs, sources: list[MixedSource], name: str) -> Pat
     if args.ignore_index is not None:
         print("--ignore_index has no effect: labels are stored as a mask, by position")
     tokenizer = Tokenizer(checkpoint_dir)
+    for notice in tokenizer.notices():
+        print(f"notice: {notice}")
     block_size = ModelConfig.from_dir(checkpoint_dir).block_size
     max_seq_length = min(args.max_seq_length or block_size, block_size)
     if max_seq_length < (args.max_seq_length or 0):

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lit_sft.word_cache import WordCache
 # classes of transformers that add BOS unless told not to
 BOS_CLASSES = tuple(f"{name}Tokenizer{fast}" for name in ("Llama", "CodeLlama", "Gemma") for fast in ("", "Fast"))
 ANY_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")  # which say nothing of it
+PROBE = "Name 12345, it's  naïve:\n\n\tif x: y = 'Z'  # 日本"  # what files that disagree are likely to cut differently
 
 Encode = Callable[[str, bool], list[int]]
 
@@ -46,7 +48,7 @@ class Tokenizer:
         path = next((p for p in (directory / "tokenizer.json", directory / "tokenizer.model") if p.is_file()), None)
         if path is None:
             raise InputError(f"no tokenizer in {directory}: neither tokenizer.model nor tokenizer.json; download it")
-        config = TokenizerConfig.from_dir(directory)
+        self._config = config = TokenizerConfig.from_dir(directory)
         try:
             raw = path.read_bytes()
             if path.suffix == ".model":
@@ -136,6 +138,38 @@ class Tokenizer:
     def has_control(self, text: str) -> bool:
         """Whether a control token is written in ``text``, so that reading it with ``control`` makes a difference."""
         return self._file.pattern.search(text) is not None
+
+    def notices(self) -> list[str]:
+        """A line for each disagreement among the files of the checkpoint that changes ids, with the one that counts."""
+        if isinstance(self._file, _SentencePiece):
+            return []
+        ends = [self.special_tokens[name] for name in ("bos_token", "eos_token") if name in self.special_tokens]
+        texts = [PROBE, *(end + PROBE for end in ends)]
+        found = []
+        own = _TokenizersFile(
+            (self.checkpoint_dir / "tokenizer.json").read_bytes(), replace(self._config, settings={}, hf_config={})
+        )
+        if any(own.encode(text, True, False) != self._file.encode(text, True, False) for text in texts):
+            found.append(
+                f"tokenizer.json cuts texts otherwise than {self._config.tokenizer_class or 'the class of the model'}, "
+                "by which transformers reads it; the class counts, here as there (tokenizer_class TokenizersBackend in "
+                "tokenizer_config.json is the file's own)"
+            )
+        path = self.checkpoint_dir / "tokenizer.model"
+        if path.is_file() and (difference := self._difference(path)):
+            found.append(f"tokenizer.model and tokenizer.json disagree: {difference}; tokenizer.json counts")
+        return found
+
+    def _difference(self, path: Path) -> str | None:
+        """How the ids of a tokenizer.model differ from these, if they do."""
+        try:
+            other = _SentencePiece(path.read_bytes(), self._config)
+        except (OSError, RuntimeError):
+            return "the former is no sentencepiece model"
+        for i, (text, _, _) in enumerate(other.pieces()):
+            if self._file.text(i) != text:
+                return f"id {i} is {text!r} and {self._file.text(i)!r}"
+        return "they cut texts differently" if other.encode(PROBE, False, False) != self.encode(PROBE, False) else None
 
     def pieces(self) -> list[tuple[str, float, str]]:
         """Text, score and kind of each token of a SentencePiece model; none of a tokenizer.json.
@@ -297,7 +331,7 @@ class _TokenizersFile:
         unknown = said.get("unk_id") if "unk_id" in said else self._whole.token_to_id(said.get("unk_token") or "")
         self._unasked = frozenset(self.control.values()) - {unknown}, _insides(self.control)
         self.special_tokens: dict[str, str] = {}
-        self.id = self._whole.token_to_id
+        self.id, self.text = self._whole.token_to_id, self._whole.id_to_token
         self.first_id = next(iter(self._whole.encode("a").ids), None)  # not "", to which some add EOS
         # BOS, whether or not another file has its name
         self.template_bos = self.first_id if self.first_id in self.control.values() else None

@@ -75,6 +75,13 @@ MISTRAL_V1 = (
     "{{ ' ' }}{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
 
+MISTRAL_V2 = (  # a space behind BOS; v0.3's file of the tokenizer makes [INST] a control token
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ ' [INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+
 MISTRAL_V3 = """\
 {%- if messages[0]["role"] == "system" %}
     {%- set system_message = messages[0]["content"] %}{%- set loop_messages = messages[1:] %}
@@ -379,7 +386,7 @@ MACROS = """\
 """
 
 FAMILIES = {name: value for name, value in list(globals().items()) if name.isupper()}
-NO_SYSTEM = ("MISTRAL_V1", "GEMMA2")
+NO_SYSTEM = ("MISTRAL_V1", "MISTRAL_V2", "GEMMA2")
 DROPS_SYSTEM = ("MISTRAL_V3",)
 EVERY_TURN = (
     "LLAMA32_VISION",

@@ -12,6 +12,7 @@ import tokenizers
 from conftest import instruction_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_kinds import stretch_ids
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from lit_sft.errors import InputError
@@ -23,7 +24,7 @@ from lit_sft.tokenizer import Tokenizer
 ENDS = ["<|endoftext|>", "<|im_end|>", "<|end|>", "<|eot_id|>", "<end_of_turn>"]
 CONTROL = [*ENDS, "<|im_start|>", "<|user|>", "<|assistant|>", "<|start_header_id|>", "<|end_header_id|>"]
 CONTROL += ["<start_of_turn>", "<|im_sep|>", "<|prompter|>", "<|USER|>", "<|SYSTEM|>", "<|ASSISTANT|>"]
-LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "LlamaTokenizer"}
+NAMES = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "tokenizer_class": "PreTrainedTokenizerFast"}
 
 # --- the tokenizers, made here
 
@@ -72,13 +73,14 @@ def tokenizer_of(tmp_path_factory, tokenizer_model) -> Callable[..., Tokenizer]:
             (directory / "tokenizer.model").write_bytes(tokenizer_model)
             added = enumerate(CONTROL, 400) if kind.endswith("added") else ()
             settings = {"added_tokens_decoder": {i: {"content": text, "special": True} for i, text in added}}
+            settings["legacy"] = kind.endswith("legacy")
         else:
             if kind not in made:
                 prefix = {"metaspace": "first", "metaspace-always": "always", "rstrip": "prepend"}.get(kind, kind)
                 text = byte_level() if kind == "byte-level" else None
                 made[kind] = text or from_sentencepiece(tokenizer_model, prefix, strip=kind == "rstrip")
             (directory / "tokenizer.json").write_text(made[kind])
-            settings = {"eos_token": "<|im_end|>"} if kind == "byte-level" else LLAMA
+            settings = {"eos_token": "<|im_end|>"} if kind == "byte-level" else NAMES
         settings = settings | ({"chat_template": template} if template else {})
         (directory / "tokenizer_config.json").write_text(json.dumps(settings))
         return Tokenizer(directory)
@@ -99,12 +101,19 @@ def library(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
     directory = tokenizer.checkpoint_dir
     if (directory / "tokenizer.model").is_file():
         sp = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+        config = json.loads((directory / "tokenizer_config.json").read_text())
         pieces = {"<s>": [sp.bos_id()], "</s>": [sp.eos_id()]}
-        if "added_tokens_decoder" in (config := json.loads((directory / "tokenizer_config.json").read_text())):
-            pieces |= {token["content"]: [int(i)] for i, token in config["added_tokens_decoder"].items()}
+        pieces |= {token["content"]: [int(i)] for i, token in config["added_tokens_decoder"].items()}
         pattern = f"({'|'.join(map(re.escape, pieces))})"
-        # each stretch between control tokens on its own, as Meta's reference does
-        return lambda text: [i for t in re.split(pattern, text) if t for i in pieces.get(t) or sp.encode(t)]
+
+        def encode(text: str) -> list[int]:
+            ids, start = [], 0
+            for stretch in re.split(pattern, text):
+                ids += pieces.get(stretch) or stretch_ids(sp, stretch, start, config)
+                start += len(stretch)
+            return ids
+
+        return encode
     tok = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     return lambda text: tok.encode(text, add_special_tokens=False).ids
 
@@ -367,8 +376,8 @@ def test_loss_on_the_assistant_alone_and_the_history_kept(tokenizer):
 
 
 def test_llama2_turns_are_metas(tokenizer_of):
-    """As Meta's generation.py builds a dialogue: every exchange on its own, between BOS and EOS."""
-    tokenizer = tokenizer_of("sentencepiece")
+    """As Meta's generation.py builds a dialogue: every exchange on its own, between BOS and EOS; ``legacy`` means it."""
+    tokenizer = tokenizer_of("sentencepiece-legacy")
     sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.checkpoint_dir / "tokenizer.model"))
     questions = ["<<SYS>>\nBe brief.\n<</SYS>>\n\nAdd.", "More."]
     texts = [f"[INST] {q} [/INST] {a} " for q, a in zip(questions, ("three", "four"), strict=True)]

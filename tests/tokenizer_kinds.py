@@ -635,14 +635,15 @@ def ids_of_text(name: str, text: str) -> list[int]:
     found, start = [], 0
     for match in re.finditer("|".join(map(re.escape, ids)), text):
         if match.start() >= start:
-            found += [*_stretch(sp, text[start : match.start()], start, config), ids[match[0]]]
+            found += [*stretch_ids(sp, text[start : match.start()], start, config), ids[match[0]]]
             start = match.end()
             start += (len(text[start:]) - len(text[start:].lstrip())) * strips.get(match[0], False)
-    return found + _stretch(sp, text[start:], start, config)
+    return found + stretch_ids(sp, text[start:], start, config)
 
 
-def _stretch(sp: sentencepiece.SentencePieceProcessor, text: str, start: int, config: dict) -> list[int]:
-    if start == 0 or config.get("legacy"):
+def stretch_ids(sp: sentencepiece.SentencePieceProcessor, text: str, start: int, config: dict) -> list[int]:
+    puts_space_in_front = sp.encode("a", out_type=str)[0].startswith("▁")
+    if start == 0 or config.get("legacy") or not puts_space_in_front:
         return sp.encode(text)
     newline = sp.encode("\n")  # what follows a line break gets no space in front
     ids = sp.encode("\n" + text)
