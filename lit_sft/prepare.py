@@ -28,9 +28,12 @@ from lit_sft.selection import Selection, select
 from lit_sft.shards import FACTS, KIND, write_shards
 from lit_sft.sources import SHOWN, SampleStream, Source
 from lit_sft.spool import Encoding, Spool, fill
+from lit_sft.styles import AS_WRITTEN, PLAIN
 from lit_sft.tokenizer import Tokenizer
 
 MOST_WORKERS = 8
+MOST_EXAMINED = 1000
+"""Examples whose end tokens are collected."""
 
 
 def prepare(
@@ -65,7 +68,7 @@ def prepare_mix(args: PrepareArgs, sources: list[MixedSource], name: str) -> Pat
     max_seq_length = min(args.max_seq_length or block_size, block_size)
     if max_seq_length < (args.max_seq_length or 0):
         print(f"--max_seq_length {args.max_seq_length} is beyond the model's context; {block_size} is used")
-    style = resolve_style(args.prompt_style) if args.prompt_style else default_style(tokenizer, otherwise="alpaca")
+    style = _chosen_style(args, tokenizer)
     facts = {
         "checkpoint_dir": str(checkpoint_dir),
         "tokenizer": tokenizer.fingerprint,
@@ -85,14 +88,25 @@ def prepare_mix(args: PrepareArgs, sources: list[MixedSource], name: str) -> Pat
     _check_destination(destination)
     quality = args.min_alphanumeric_share is not None or args.max_repetition_share is not None
     near = args.deduplicate == "near"
-    encoding = Encoding(checkpoint_dir, tokenizer.fingerprint, style, args.mask_prompt, max_seq_length, quality, near)
+    encoding = Encoding(
+        checkpoint_dir=checkpoint_dir,
+        tokenizer=tokenizer.fingerprint,
+        style=style,
+        mask_prompt=args.mask_prompt,
+        max_seq_length=max_seq_length,
+        quality=quality,
+        near=near,
+        refuses_templates=args.template_applied is None,
+    )
     num_workers = args.num_workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     with _working(destination) as folder:
         spool, n_rows = fill(folder, [s.stream for s in sources], encoding, tokenizer, args.on_error, num_workers)
         for source, n in zip(sources, n_rows, strict=True):
             source.check_scores(n)
+        names = [source.stream.name for source in sources]
+        facts |= _what_was_done(spool, style, tokenizer)
         chosen = select(spool.rows, spool.signatures, sources, args, max_seq_length, block_size)
-        facts |= statistics(spool.rows, chosen, n_rows, [s.stream.name for s in sources], max_seq_length)
+        facts |= statistics(spool.rows, chosen, n_rows, names, max_seq_length)
         if (destination / MANIFEST).exists():
             print(f"replacing what {destination} held")
         with publish_directory(destination, KIND) as made:
@@ -105,6 +119,37 @@ def prepare_mix(args: PrepareArgs, sources: list[MixedSource], name: str) -> Pat
     if args.show:
         show_examples(destination, facts, args.show, tokenizer, sys.stdout)
     return destination
+
+
+def _chosen_style(args: PrepareArgs, tokenizer: Tokenizer) -> str:
+    """The prompt style of dialogues."""
+    if args.template_applied:
+        if args.prompt_style not in (None, AS_WRITTEN):
+            raise InputError(
+                "--template_applied true takes texts as they are written, which leaves no place for --prompt_style; "
+                "give one of them"
+            )
+        return AS_WRITTEN
+    return resolve_style(args.prompt_style) if args.prompt_style else default_style(tokenizer, otherwise="alpaca")
+
+
+def _what_was_done(spool: Spool, style: str, tokenizer: Tokenizer) -> dict:
+    """The facts about prompts that later commands go by, where the data are not simply dialogues in ``style``."""
+    only_text = bool(spool.rows["is_text"].all())
+    if style == AS_WRITTEN:
+        if only_text:
+            print("notice: a text column is learned whole, its prompts too; messages have their answers learned only")
+        return {"stop_ids": sorted({*tokenizer.stop_ids, *_ends(spool, tokenizer)})}
+    # no style was applied to plain text, so a model of it is not asked in one
+    return {"prompt_style": PLAIN, "system_prompt": None, "stop_ids": stop_ids(PLAIN, tokenizer)} if only_text else {}
+
+
+def _ends(spool: Spool, tokenizer: Tokenizer) -> set[int]:
+    """The control tokens that answers end with as they are written, by the first examples."""
+    ends = set()
+    for _, ids, mask in spool.read(np.arange(min(MOST_EXAMINED, len(spool.rows)))):
+        ends.update(ids[mask][-1:].tolist())
+    return {i for i in ends if tokenizer.control_text(i) is not None}
 
 
 def _check_destination(destination: Path) -> None:

@@ -27,6 +27,9 @@ class PrepareArgs(Args):
     seed: int = arg(42, "seed of the train/val split, of what is drawn and of the order")
     mask_prompt: bool = arg(True, "learn the responses only, not the prompts", "mask_inputs")
     prompt_style: str | None = arg(None, f"{STYLES}; default: what the checkpoint's files ask for, else alpaca")
+    template_applied: bool | None = arg(
+        None, "a template is already written in the texts: true takes them as they are, false as plain characters"
+    )
     system_prompt: str | None = arg(None, "system message of dialogues that have none (default: the style's own)")
     on_overflow: Literal["truncate", "drop", "error"] = arg("truncate", "what happens to a too long example's response")
     on_error: Literal["fail", "skip"] = arg(

@@ -10,7 +10,7 @@ from lit_sft.chat_template import Part, end_part, fill_template, render_template
 from lit_sft.documents import read_bytes
 from lit_sft.errors import InputError
 from lit_sft.sandbox import template_variables
-from lit_sft.styles import CHAT_TEMPLATE, PROMPT_STYLES, PromptStyle
+from lit_sft.styles import AS_WRITTEN, CHAT_TEMPLATE, PROMPT_STYLES, PromptStyle
 
 PROMPT_FACTS = ("prompt_style", "system_prompt", "stop_ids")
 """What a model's later commands must know of how its data were written; manifests and adapters carry it."""
@@ -52,7 +52,7 @@ def resolve_style(given: str) -> str:
     The user's own is a Python format string or a Jinja template, given itself or as a file's path. A line break at
     the end of a file is not part of it. InputError: it is none of these.
     """
-    if given in PROMPT_STYLES or given == CHAT_TEMPLATE:
+    if is_named(given):
         return given
     if "{" in given or "\n" in given:
         _own_style(given, False)
@@ -87,18 +87,23 @@ def check_prompt_facts(facts: dict, path: Path) -> None:
 
 def known_styles() -> str:
     """The sentence that lists the names."""
-    names = ", ".join((*PROMPT_STYLES, CHAT_TEMPLATE))
+    names = ", ".join((*PROMPT_STYLES, CHAT_TEMPLATE, AS_WRITTEN))
     return f"known: {names}; or a file of your own (.jinja, .txt), or text with {{instruction}}"
 
 
 def style_label(style: str) -> str:
     """A style for a message: its name, or the beginning of the user's own."""
-    return style if style in PROMPT_STYLES or style == CHAT_TEMPLATE else f"your own ({' '.join(style.split()):.40}…)"
+    return style if is_named(style) else f"your own ({' '.join(style.split()):.40}…)"
+
+
+def is_named(style: str) -> bool:
+    """Whether a style is known by its name, and no text of the user's own."""
+    return style in PROMPT_STYLES or style in (CHAT_TEMPLATE, AS_WRITTEN)
 
 
 def is_chat_template(style: str) -> bool:
     """Whether a Jinja template over ``messages`` writes the dialogue: the checkpoint's, or the user's own."""
-    return style == CHAT_TEMPLATE or (style not in PROMPT_STYLES and _own_style(style, False) is None)
+    return style == CHAT_TEMPLATE or (not is_named(style) and _own_style(style, False) is None)
 
 
 def render(
@@ -109,13 +114,16 @@ def render(
     Args:
         messages: an optional system message, then user and assistant in turn. When the last is the user's, the parts
             end where the model's answer begins: a prompt to generate from.
-        style: a key of PROMPT_STYLES, ``chat-template``, or the text of a style of the user's own (``resolve_style``).
+        style: a key of PROMPT_STYLES, ``chat-template``, ``as-written``, or the text of a style of the user's own
+            (``resolve_style``).
         special_tokens: the texts of ``bos_token`` and ``eos_token``.
         template: the checkpoint's own Jinja template, for ``chat-template``.
 
     Raises InputError when the style is unknown, or the template refuses the dialogue, rewrites its contents or writes
     them otherwise in a prompt than in a whole dialogue.
     """
+    if style == AS_WRITTEN:
+        return [Part(_content(m), control=True, response=m.role == "assistant") for m in messages if _content(m)]
     if style == CHAT_TEMPLATE and template is None:
         raise InputError(f"prompt style {CHAT_TEMPLATE!r}: the checkpoint has no chat template; {known_styles()}")
     found = PROMPT_STYLES.get(style)
@@ -124,8 +132,11 @@ def render(
     if found is not None:
         return _render_style(messages, found, special_tokens)
     roles = tuple(m.role for m in messages)
-    contents = [m.content if not m.input else f"{m.content}\n\n{m.input}" for m in messages]
-    return render_template(template, roles, contents, special_tokens)
+    return render_template(template, roles, [_content(m) for m in messages], special_tokens)
+
+
+def _content(message: Message) -> str:
+    return f"{message.content}\n\n{message.input}" if message.input else message.content
 
 
 def _render_style(messages: tuple[Message, ...], style: PromptStyle, special_tokens: dict[str, str]) -> list[Part]:

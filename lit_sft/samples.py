@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 
-from lit_sft.chat_template import Part
+from lit_sft.chat_template import Part, end_part
 from lit_sft.errors import InputError
 from lit_sft.prompts import Message, Sample, is_chat_template, render, style_label
-from lit_sft.styles import CHAT_TEMPLATE, PLAIN, PROMPT_STYLES
+from lit_sft.styles import AS_WRITTEN, CHAT_TEMPLATE, PLAIN, PROMPT_STYLES
 from lit_sft.tokenizer import Tokenizer
 
 LONGEST_CONTROL = 100  # characters of a control token's text
@@ -71,6 +71,11 @@ def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, mask_prompt:
     return Example(ids, mask, n_prompt)
 
 
+def is_text(messages: tuple[Message, ...]) -> bool:
+    """Whether a sample is plain text, which no prompt precedes."""
+    return messages[0].role == "assistant"
+
+
 def encode_prompt(messages: tuple[Message, ...], style: str, tokenizer: Tokenizer) -> list[int]:
     """The ids that generation starts from: those of ``encode_sample`` up to the response that is still to come."""
     return [i for _, new in _stretches(messages, style, tokenizer) for i in new]
@@ -101,9 +106,11 @@ def default_style(tokenizer: Tokenizer, otherwise: str) -> str:
 
 def _stretches(messages: tuple[Message, ...], style: str, tokenizer: Tokenizer) -> Iterator[tuple[bool, list[int]]]:
     """Prompts and responses in turn: whether it is a response, and its ids."""
-    if messages[0].role == "assistant":  # a text, which no prompt precedes
+    if is_text(messages) and style != AS_WRITTEN:
         style = PLAIN
     parts = render(messages, style, tokenizer.special_tokens, tokenizer.chat_template)
+    if style == AS_WRITTEN:
+        parts = list(_with_ends(parts, tokenizer))
     last, ids = "", None
     for response, stretch in groupby(parts, key=attrgetter("response")):
         stretch = list(stretch)
@@ -118,9 +125,27 @@ def _stretches(messages: tuple[Message, ...], style: str, tokenizer: Tokenizer) 
         yield response, ids
 
 
+def _with_ends(parts: list[Part], tokenizer: Tokenizer) -> Iterator[Part]:
+    """The parts, each response up to the control token that ends it, or with EOS behind it where none does."""
+    for part in parts:
+        if not part.response:
+            yield part
+            continue
+        end = tokenizer.end_of_last_control(part.text)
+        behind = part.text[end:]
+        if end and not behind.strip():
+            yield part._replace(text=part.text[:end])
+            if behind:
+                yield Part(behind, control=True)
+        else:
+            yield part
+            yield end_part(tokenizer.special_tokens)
+
+
 def _encode_first(parts: list[Part], tokenizer: Tokenizer, style: str) -> list[int]:
-    """The ids that a dialogue begins with. A chat template writes its own BOS; a named style gets the model's."""
-    ids = [tokenizer.bos_id] if tokenizer.adds_bos and not is_chat_template(style) else []
+    """The ids that a dialogue begins with. A template writes its own BOS; a named style gets the model's."""
+    from_template = is_chat_template(style) or (style == AS_WRITTEN and tokenizer.begins_with_control(parts[0].text))
+    ids = [tokenizer.bos_id] if tokenizer.adds_bos and not from_template else []
     for i, (text, control) in enumerate(_runs(parts, tokenizer)):
         ids += tokenizer.encode(text, bos=False, control=control, continuation=i > 0)
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:

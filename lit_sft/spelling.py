@@ -79,10 +79,11 @@ def visible(text: str) -> str:
 
 
 def print_examples(examples: Iterable[Shown], file: TextIO) -> None:
-    """Print examples with their labelled tokens marked: in colour on a terminal, else between ⟦ and ⟧."""
+    """Print examples with their labels and control tokens marked: in colour on a terminal, else by brackets."""
     colour = file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     for example in examples:
-        text = f"\n{example.place}: {example.n_tokens:,} tokens, {example.n_labels:,} of them labels (marked)\n"
+        text = f"\n{example.place}: {example.n_tokens:,} tokens, {example.n_labels:,} of them labels (marked); control tokens "
+        text += "in reverse\n" if colour else "in ⟨ ⟩, labels in ⟦ ⟧\n"
         text += _marked(example.head, colour)
         if example.n_hidden:
             text += f"\n… {example.n_hidden:,} tokens more …\n" + _marked(example.tail, colour)
@@ -91,6 +92,7 @@ def print_examples(examples: Iterable[Shown], file: TextIO) -> None:
 
 
 def _marked(tokens: list[Token], colour: bool) -> str:
+    """Labelled tokens in green or between ⟦ and ⟧, control tokens in reverse or between ⟨ and ⟩."""
     if colour:  # green: to be predicted; in reverse: a control token
         codes = (";".join(["32"] * t.labelled + ["7"] * t.control) for t in tokens)
         return "".join(
@@ -98,6 +100,8 @@ def _marked(tokens: list[Token], colour: bool) -> str:
         )
     text, before = "", False
     for t in tokens:
-        text += ("" if t.labelled == before else "⟦" if t.labelled else "⟧") + t.text
+        if t.labelled != before:
+            text += "⟦" if t.labelled else "⟧"
+        text += f"⟨{t.text}⟩" if t.control else t.text
         before = t.labelled
     return text + "⟧" * before

@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from lit_sft.applied import check_templates, find_template
 from lit_sft.atomic import write_atomically
 from lit_sft.errors import InputError, Interrupted, stops
 from lit_sft.measures import measure, signatures
 from lit_sft.prompts import Sample
-from lit_sft.samples import encode_sample
+from lit_sft.samples import encode_sample, is_text
 from lit_sft.sources import SHOWN, Problem, SampleStream, refusal
 from lit_sft.tokenizer import Tokenizer
 from lit_sft.workers import Workers
@@ -33,12 +34,15 @@ CHUNK = 1000
 ROW = np.dtype(
     [
         *((name, np.int32) for name in ("source", "row", "length", "n_prompt", "n_needed", "n_kept", "n_labels")),
+        ("is_text", np.bool),
+        ("template", np.uint8),
         *((name, np.uint64) for name in ("text", "prompt", "question")),
         *((name, np.float32) for name in ("alphanumeric", "repetition")),
     ]
 )
 """What is known of an example: its source and row there, its tokens in all, before its first response, up to its last
-label, and as many as its length limit leaves, the labels among those, and its ``Measures``."""
+label, and as many as its length limit leaves, the labels among those, whether it is plain text, what
+``applied.find_template`` says of it, and its ``Measures``."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Encoding:
     """Whether the shares are measured that filters ask for."""
     near: bool
     """Whether MinHash signatures are made."""
+    refuses_templates: bool
+    """Whether data are refused in which a template is already applied."""
 
 
 class Spool:
@@ -126,8 +132,8 @@ def fill(
     Chunks that lie there are used again where they were made of the same rows and ``encoding``. With ``on_error``
     "fail" every row is still read and checked, but from the first malformed one on none is encoded.
 
-    Raises InputError when a stream cannot be read, gives no example or, with ``on_error`` "fail", has malformed rows;
-    RunFailed when a worker process dies; Interrupted when a signal came.
+    Raises InputError when a stream cannot be read, gives no example, has templates applied that ``encoding`` refuses
+    or, with ``on_error`` "fail", has malformed rows; RunFailed when a worker process dies; Interrupted when a signal came.
     """
     paths: list[Path] = []
     n_rows, n_again = [0] * len(streams), 0
@@ -155,6 +161,8 @@ def fill(
                 workers = stack.enter_context(Workers(num_workers))
             if workers is None:
                 write_chunk(paths[-1], source, items, encoding, tokenizer)
+                if len(paths) == 1:  # seen early, as reading all may take long
+                    _check(Spool(paths), streams, encoding)
             else:
                 workers.submit(_write_chunk_of, paths[-1], source, content)
     if n_again:
@@ -165,9 +173,15 @@ def fill(
     if faults.count:
         seen = next((stream.seen for stream in streams if faults.first[0].place.startswith(stream.name)), {})
         raise refusal(faults.first, faults.count, faults.count < sum(n_rows), seen)
+    _check(spool, streams, encoding)
     for path in set(folder.glob("*.npy")) - set(paths):
         path.unlink()
     return spool, n_rows
+
+
+def _check(spool: Spool, streams: list[SampleStream], encoding: Encoding) -> None:
+    if encoding.refuses_templates:
+        check_templates(spool.rows, [stream.name for stream in streams], encoding.style)
 
 
 class _Faults:
@@ -220,7 +234,8 @@ def write_chunk(
         n_kept = example.n_kept(encoding.max_seq_length)
         learned = list(compress(ids, mask)) if encoding.quality else None
         lengths = len(ids), example.n_prompt, example.n_needed, n_kept, mask[:n_kept].count(True)
-        rows.append((source, item.row, *lengths, *measure(item.messages, learned)))
+        kinds = is_text(item.messages), find_template(item.messages, encoding.style, tokenizer)
+        rows.append((source, item.row, *lengths, *kinds, *measure(item.messages, learned)))
         texts.append(item.messages)
         tokens.fromlist(ids)
         labelled += bytes(mask)

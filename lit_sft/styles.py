@@ -4,6 +4,9 @@ from dataclasses import dataclass, replace
 
 CHAT_TEMPLATE = "chat-template"
 PLAIN = "plain"
+AS_WRITTEN = "as-written"
+"""Texts in which a template is already applied: control tokens written in them are meant, and nothing is added but an
+end token where an answer has none."""
 
 
 @dataclass(frozen=True)

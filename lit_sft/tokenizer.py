@@ -139,6 +139,20 @@ class Tokenizer:
         """Whether a control token is written in ``text``, so that reading it with ``control`` makes a difference."""
         return self._file.pattern.search(text) is not None
 
+    def begins_with_control(self, text: str) -> bool:
+        """Whether the first that is written in ``text`` is a control token."""
+        text = text.lstrip()
+        return self._file.pattern.match(text) is not None
+
+    def end_of_last_control(self, text: str) -> int:
+        """The character of ``text`` behind the last control token written in it, 0 if there is none."""
+        return max((match.end(match.lastindex) for match in self._file.pattern.finditer(text)), default=0)
+
+    def controls_in(self, text: str) -> list[str]:
+        """The control tokens written in ``text``, in order, but for those that are words of a language."""
+        texts = (match[match.lastindex] for match in self._file.pattern.finditer(text))
+        return [text for text in texts if not text.isalnum()]
+
     def notices(self) -> list[str]:
         """A line for each disagreement among the files of the checkpoint that changes ids, with the one that counts."""
         if isinstance(self._file, _SentencePiece):

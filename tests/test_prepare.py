@@ -142,7 +142,7 @@ def alpaca(instruction: str, context: str, output: str) -> str:
 
 
 def later(instruction: str, output: str) -> str:
-    return f" \n\n### Instruction:\n{instruction}\n\n### Response:\n«{output}</s>»"
+    return f"\n\n### Instruction:\n{instruction}\n\n### Response:\n«{output}</s>»"
 
 
 ROWS = [
@@ -250,7 +250,7 @@ def test_the_chat_template_is_the_default_where_there_is_one(command, home, sp, 
     write_lima(home / "train.jsonl")
     flags = ("--data_file", "train.jsonl", "--include_multiturn_conversations", "true", "--checkpoint_dir", "test/chat")
     command("prepare_lima", *flags)
-    texts = ["".join(f"<s> [INST] {q} [/INST]« {a} </s>»" for q, a in pairs(turns)) for turns in DIALOGUES]
+    texts = ["".join(f"<s>[INST] {q} [/INST]« {a} </s>»" for q, a in pairs(turns)) for turns in DIALOGUES]
     assert marked(sp, home / "data/lima") == sorted(texts)
     command("prepare_lima", *flags, "--prompt_style", "vicuna")
     assert "USER: First? ASSISTANT:« One.</s>» USER: Second?" in marked(sp, home / "data/lima")[0]

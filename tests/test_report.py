@@ -654,8 +654,8 @@ def test_show_without_colour(two, tokenizer):
     text = out.getvalue()
     [place] = [part.strip() for part in text.split("\n\n") if "Because" in part]
     assert re.fullmatch(
-        r"train 0, source row 1,000: (\d+) tokens, (\d+) of them labels \(marked\)\n"
-        r"<s> Why\?↵\n⟦ Because ⟨U\+001B⟩\[31m</s>\.</s>⟧",
+        r"train 0, source row 1,000: (\d+) tokens, (\d+) of them labels \(marked\); control tokens in ⟨ ⟩, labels "
+        r"in ⟦ ⟧\n⟨<s>⟩ Why\?↵\n⟦ Because ⟨U\+001B⟩\[31m</s>\.⟨</s>⟩⟧",
         place,
     )
     n = len(tokenizer.encode("Why?\n", bos=False)) * 400 + 2
@@ -663,7 +663,7 @@ def test_show_without_colour(two, tokenizer):
         f"val 0, source row 1,000: {n:,} tokens, 1 of them labels" in text
         and f"\n… {n - HEAD - TAIL:,} tokens more …\n" in text
     )
-    assert "\x1b" not in text and text.count("⟦") == 3
+    assert "\x1b" not in text and text.count("⟦") == 3 + 3  # each heading names the brackets
 
 
 def test_show_in_colour_marks_the_same_tokens(two, tokenizer, monkeypatch):
@@ -675,9 +675,11 @@ def test_show_in_colour_marks_the_same_tokens(two, tokenizer, monkeypatch):
     text = coloured.getvalue()
     assert text.count("\x1b[7m<s>\x1b[0m") == 3 and text.count("\x1b[32;7m</s>\x1b[0m") == 3 and "⟦" not in text
     bare = re.sub(r"\x1b\[[\d;]*m", "", text)
-    assert bare == plain.getvalue().replace("⟦", "").replace("⟧", "")
+    brackets = plain.getvalue().replace("in ⟨ ⟩, labels in ⟦ ⟧", "in reverse")
+    brackets = re.sub("⟨(</?s>)⟩", r"\1", brackets)
+    assert bare == brackets.replace("⟦", "").replace("⟧", "")
     learned = "".join(re.findall(r"\x1b\[32(?:;7)?m(.*?)\x1b\[0m", text, re.DOTALL))
-    assert learned == "".join(re.findall("⟦(.*?)⟧", plain.getvalue(), re.DOTALL))
+    assert learned == "".join(re.findall("⟦(.+?)⟧", brackets, re.DOTALL))
 
 
 @pytest.mark.parametrize("setting", [("NO_COLOR", "1"), ("TERM", "dumb")])
