@@ -9,7 +9,9 @@ from typing import Any, Literal, get_args
 from lit_sft.errors import InputError
 from lit_sft.styles import AS_WRITTEN, CHAT_TEMPLATE, PROMPT_STYLES
 
-STYLES = f"{', '.join(PROMPT_STYLES)}, {CHAT_TEMPLATE}, {AS_WRITTEN}, a Jinja or text file, or text with {{instruction}}"
+STYLES = (
+    f"{', '.join(PROMPT_STYLES)}, {CHAT_TEMPLATE}, {AS_WRITTEN}, a Jinja or text file, or text with {{instruction}}"
+)
 CHECKPOINT_DIR_HELP = "converted checkpoint, with or without checkpoints/ in front"
 
 

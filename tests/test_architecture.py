@@ -100,7 +100,17 @@ def strings_of_code(path: Path) -> list[str]:
 
 
 # prompt styles; tokenizer classes with a BOS policy of their own; a question to ask; llama.cpp and its names
-NAMED = {"styles", "prompts", "tokenizer", "tokenizer_rules", "args", "generate", "gguf_vocabulary", "gguf_traits", "export_gguf"}
+NAMED = {
+    "styles",
+    "prompts",
+    "tokenizer",
+    "tokenizer_rules",
+    "args",
+    "generate",
+    "gguf_vocabulary",
+    "gguf_traits",
+    "export_gguf",
+}
 
 
 @pytest.mark.parametrize("room", [r for r in MODULES if not r.startswith("families/") and r not in NAMED])

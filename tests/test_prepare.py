@@ -253,7 +253,7 @@ def test_the_chat_template_is_the_default_where_there_is_one(command, home, sp, 
     texts = ["".join(f"<s>[INST] {q} [/INST]« {a} </s>»" for q, a in pairs(turns)) for turns in DIALOGUES]
     assert marked(sp, home / "data/lima") == sorted(texts)
     command("prepare_lima", *flags, "--prompt_style", "vicuna")
-    assert "USER: First? ASSISTANT:« One.</s>» USER: Second?" in marked(sp, home / "data/lima")[0]
+    assert "USER: First? ASSISTANT:« One.</s>»USER: Second?" in marked(sp, home / "data/lima")[0]
 
 
 def pairs(turns: list[str]) -> list[tuple[str, str]]:
