@@ -198,9 +198,9 @@ def _tokenizer(directory: Path, config: ModelConfig | None, found: Findings) -> 
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}: the last ones, "
             f"{'EOS or BOS among them' if needed else 'where they are written'}, fail; take the weights' own tokenizer"
         )
-    style = found.style or default_style(tokenizer, otherwise="alpaca")
-    note = " to prepare data, plain text to generate from" if style == "alpaca" and not found.style else ""
     try:
+        style = found.style or default_style(tokenizer, otherwise="alpaca")
+        note = " to prepare data, plain text to generate from" if style == "alpaca" and not found.style else ""
         found.lines["prompts"] = (
             f"{style_label(style)}{note}; answers end at {', '.join(map(str, stop_ids(style, tokenizer)))}"
         )

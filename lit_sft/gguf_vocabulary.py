@@ -88,6 +88,15 @@ def _scored(tokenizer: Tokenizer, pieces: dict[int, tuple[str, float, str]], siz
     tokens, scores, kinds = _columns(pieces, size)
     first = tokenizer.encode("a", bos=False)
     prefix = bool(first) and first[0] < size and tokens[first[0]].startswith("▁")
+    bos = tokenizer.special_tokens.get("bos_token")
+    if prefix and bos and tokenizer.chat_template:
+        later = tokenizer.encode(f"{bos}a", bos=False, control=True)[1:]
+        prefix = bool(later) and tokens[later[0]].startswith("▁")
+        if not prefix:
+            print(
+                "notice: llama.cpp puts a space in front of every stretch between control tokens, or of none; this "
+                "tokenizer does so where a text begins, and a chat template begins with a control token: none is put"
+            )
     return Vocabulary("llama", "default", tokens, kinds, scores=scores, space_prefix=prefix)
 
 

@@ -92,10 +92,16 @@ def default_style(tokenizer: Tokenizer, otherwise: str) -> str:
     """The style that a checkpoint's files ask for: its own chat template, else the one that its tokenizer is made for.
 
     A base model's tokenizer may know the control tokens of a style as well; so the checkpoint's configs must also say
-    that the model stops at the style's end token. ``otherwise``: where nothing says anything.
+    that the model stops at the style's end token. ``otherwise``: where nothing says anything. InputError: the
+    checkpoint has several chat templates, and none is the default.
     """
     if tokenizer.chat_template:
         return CHAT_TEMPLATE
+    if tokenizer.template_names:
+        raise InputError(
+            f"{tokenizer.checkpoint_dir} has the chat templates {', '.join(tokenizer.template_names)}, none of which "
+            "is the default; save the one that is meant as chat_template.jinja there, or name a --prompt_style"
+        )
     for name, style in PROMPT_STYLES.items():
         end = tokenizer.eos_id if style.end == "{eos}" else tokenizer.token_id(style.end)
         known = all(tokenizer.token_id(mark) is not None for mark in style.marks)

@@ -82,8 +82,8 @@ def print_examples(examples: Iterable[Shown], file: TextIO) -> None:
     """Print examples with their labels and control tokens marked: in colour on a terminal, else by brackets."""
     colour = file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     for example in examples:
-        text = f"\n{example.place}: {example.n_tokens:,} tokens, {example.n_labels:,} of them labels (marked); control tokens "
-        text += "in reverse\n" if colour else "in ⟨ ⟩, labels in ⟦ ⟧\n"
+        text = f"\n{example.place}: {example.n_tokens:,} tokens, {example.n_labels:,} of them labels (marked); "
+        text += "control tokens in reverse\n" if colour else "control tokens in ⟨ ⟩, labels in ⟦ ⟧\n"
         text += _marked(example.head, colour)
         if example.n_hidden:
             text += f"\n… {example.n_hidden:,} tokens more …\n" + _marked(example.tail, colour)

@@ -133,7 +133,8 @@ def fill(
     "fail" every row is still read and checked, but from the first malformed one on none is encoded.
 
     Raises InputError when a stream cannot be read, gives no example, has templates applied that ``encoding`` refuses
-    or, with ``on_error`` "fail", has malformed rows; RunFailed when a worker process dies; Interrupted when a signal came.
+    or, with ``on_error`` "fail", has malformed rows; RunFailed when a worker process dies; Interrupted when a signal
+    came.
     """
     paths: list[Path] = []
     n_rows, n_again = [0] * len(streams), 0

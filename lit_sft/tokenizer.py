@@ -39,7 +39,8 @@ class Tokenizer:
     ``vocab_size``: one more than the largest id. ``bos_id``, ``eos_id``: None where there is none. ``adds_bos``:
     whether the model's sequences begin with BOS. ``stop_ids``: EOS and every other ``eos_token_id`` of the configs.
     ``special_tokens``: the text of ``bos_token``, ``eos_token``, …, for templates. ``chat_template``: its Jinja source
-    or None. ``fingerprint``: the same for a copied directory, different for whatever gives different ids.
+    or None. ``template_names``: of several chat templates, none of which is the default. ``fingerprint``: the same for
+    a copied directory, different for whatever gives different ids.
     """
 
     def __init__(self, checkpoint_dir: str | Path) -> None:
@@ -75,6 +76,7 @@ class Tokenizer:
         stops = {self.eos_id, *config.ids["eos_token"]}
         self.stop_ids: frozenset[int] = frozenset(i for i in stops if i is not None and 0 <= i < self.vocab_size)
         self.chat_template: str | None = config.chat_template
+        self.template_names: tuple[str, ...] = config.template_names
         added = [token[:5] for token in config.added]
         rules = [added, sorted(self._file.control.items()), self.bos_id, self.eos_id, self.adds_bos]
         rules += [self._file.rules] if self._file.rules else []  # else the fingerprint is that of earlier versions

@@ -136,9 +136,12 @@ def _chat_template(
     if isinstance(value, list):
         value = {template["name"]: template["template"] for template in value}
     if isinstance(value, dict):
-        if len(value) > 0 and "default" not in value:
+        if value and "default" not in value:
             return None, tuple(sorted(map(str, value)))
         value = value.get("default")
+    if value is None:  # where transformers 5 keeps those that are not the default
+        others = (directory / "additional_chat_templates").glob("*.jinja")
+        return None, tuple(sorted(path.stem for path in others))
     if not isinstance(value, str | None):
         raise TypeError(f"chat_template is a {type(value).__name__}")
     (value or "").encode()

@@ -376,7 +376,7 @@ def test_loss_on_the_assistant_alone_and_the_history_kept(tokenizer):
 
 
 def test_llama2_turns_are_metas(tokenizer_of):
-    """As Meta's generation.py builds a dialogue: every exchange on its own, between BOS and EOS; ``legacy`` means it."""
+    """As Meta's generation.py builds a dialogue: every exchange on its own between BOS and EOS: ``legacy``."""
     tokenizer = tokenizer_of("sentencepiece-legacy")
     sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.checkpoint_dir / "tokenizer.model"))
     questions = ["<<SYS>>\nBe brief.\n<</SYS>>\n\nAdd.", "More."]
@@ -489,3 +489,9 @@ def test_stop_ids_have_the_templates_end_token(tokenizer_of):
     ends = [tokenizer.token_id(text) for text in ("<|endoftext|>", "<|im_end|>")]
     assert stop_ids(CHAT_TEMPLATE, tokenizer) == sorted(ends)
     assert stop_ids("alpaca", tokenizer) == ends[:1]
+
+
+def test_several_chat_templates_without_a_default_are_no_reason_for_another_style(tokenizer_of):
+    tokenizer = tokenizer_of("metaspace", [{"name": "rag", "template": "R"}, {"name": "tool_use", "template": "T"}])
+    with pytest.raises(InputError, match=r"the chat templates rag, tool_use, none of which .* chat_template\.jinja"):
+        default_style(tokenizer, otherwise="alpaca")

@@ -549,10 +549,14 @@ def test_tokens_that_the_config_calls_special_are_control_tokens_of_a_tokenizer_
 def test_chat_template(tmp_path, value, expected):
     directory = write(tmp_path, "llama2", tokenizer_config={"chat_template": value})
     assert Tokenizer(directory).chat_template == expected
+    assert Tokenizer(directory).template_names == (("tool_use",) if isinstance(value, list) and len(value) == 1 else ())
     for name in ("default", "tool_use"):  # others' templates, which transformers keeps beside
         (directory / "additional_chat_templates").mkdir(exist_ok=True)
         (directory / "additional_chat_templates" / f"{name}.jinja").write_text("T")
     assert Tokenizer(directory).chat_template == expected
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": "of a processor"}))
+    if value is None or value == []:
+        assert Tokenizer(directory).chat_template == "of a processor"
     (directory / "chat_template.jinja").write_text("{{ bos_token }}é", encoding="utf-8")
     assert Tokenizer(directory).chat_template == "{{ bos_token }}é"
 
