@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from lit_sft.documents import read_json
 from lit_sft.errors import InputError
+from lit_sft.prompts import Message, render
+from lit_sft.styles import CHAT_TEMPLATE
 from lit_sft.tokenizer import Tokenizer
 
 KINDS = {"normal": 1, "unknown": 2, "control": 3, "user_defined": 4, "unused": 5, "byte": 6}
@@ -88,16 +90,29 @@ def _scored(tokenizer: Tokenizer, pieces: dict[int, tuple[str, float, str]], siz
     tokens, scores, kinds = _columns(pieces, size)
     first = tokenizer.encode("a", bos=False)
     prefix = bool(first) and first[0] < size and tokens[first[0]].startswith("▁")
-    bos = tokenizer.special_tokens.get("bos_token")
-    if prefix and bos and tokenizer.chat_template:
-        later = tokenizer.encode(f"{bos}a", bos=False, control=True)[1:]
-        prefix = bool(later) and tokens[later[0]].startswith("▁")
-        if not prefix:
-            print(
-                "notice: llama.cpp puts a space in front of every stretch between control tokens, or of none; this "
-                "tokenizer does so where a text begins, and a chat template begins with a control token: none is put"
-            )
+    if prefix and _prefix_is_for_the_first_alone(tokenizer, tokens) and _template_begins_with_control(tokenizer):
+        prefix = False
+        print(
+            "notice: llama.cpp puts a space in front of every stretch between control tokens, or of none; this "
+            "tokenizer does so where a text begins, and its chat template begins with a control token: none is put"
+        )
     return Vocabulary("llama", "default", tokens, kinds, scores=scores, space_prefix=prefix)
+
+
+def _prefix_is_for_the_first_alone(tokenizer: Tokenizer, tokens: list[str]) -> bool:
+    bos = tokenizer.special_tokens.get("bos_token")
+    later = tokenizer.encode(f"{bos}a", bos=False, control=True)[1:] if bos else []
+    return bool(later) and not tokens[later[0]].startswith("▁")
+
+
+def _template_begins_with_control(tokenizer: Tokenizer) -> bool:
+    if not tokenizer.chat_template:
+        return False
+    try:
+        first = render((Message("user", "a"),), CHAT_TEMPLATE, tokenizer.special_tokens, tokenizer.chat_template)[0]
+    except InputError:
+        return False
+    return tokenizer.begins_with_control(first.text)
 
 
 def _steps(pre_tokenizer: dict | None) -> list[dict]:
