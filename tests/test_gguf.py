@@ -208,7 +208,7 @@ def test_a_sentencepiece_model_is_told_piece_by_piece(checkpoint_of: Callable, t
 @pytest.mark.parametrize(("begin", "legacy", "expected"), [("{{ bos_token }}", False, False), ("Hi ", False, True),
                                                           ("{{ bos_token }}", True, True)])  # fmt: skip
 def test_the_space_in_front_is_that_of_chat_prompts(checkpoint_of, begin, legacy, expected) -> None:
-    _, checkpoint = checkpoint_of("llama", vocab_size=400)
+    _, checkpoint = checkpoint_of("llama grouped-query")
     settings = {"chat_template": begin + "{% for m in messages %}{{ m.content }}</s>{% endfor %}", "legacy": legacy}
     (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
     assert field(exported(checkpoint), "tokenizer.ggml.add_space_prefix") is expected
