@@ -72,13 +72,10 @@ def check_templates(rows: np.ndarray, names: list[str], style: str) -> None:
         for kind, share in ((IN_TEXT, TEXTS), (IN_DIALOGUE, DIALOGUES)):
             templated = of_source[of_source["template"] == kind]
             if len(templated) and len(templated) > share * len(of_source):
-                raise InputError(_refusal(name, templated["row"][0], len(templated), len(of_source), style))
-
-
-def _refusal(name: str, row: int, n: int, n_all: int, style: str) -> str:
-    return (
-        f"{name} row {row}: a template is already applied in it (in {n:,} of {n_all:,} records control tokens are "
-        f"written, or what prompt style {style_label(style)!r} would put there again); --template_applied true takes "
-        "the texts as they are written, their control tokens as such; --template_applied false applies the style, and "
-        "reads them as plain characters"
-    )
+                heading = f", or the heading of prompt style {style_label(style)!r}," if kind == IN_DIALOGUE else ""
+                raise InputError(
+                    f"{name} row {templated['row'][0]}: a template is already applied in it (control tokens{heading} "
+                    f"are written in {len(templated):,} of {len(of_source):,} records); --template_applied true takes "
+                    "the texts as they are, their control tokens as such; --template_applied false takes all as plain "
+                    "characters"
+                )

@@ -66,7 +66,7 @@ def read_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     for token in document.get("added_tokens") or ():
         special = tokenizer.token_id(token["content"]) == token["id"]
         pieces[token["id"]] = token["content"], ADDED_SCORE, "control" if special else "user_defined"
-    steps = _steps(document.get("pre_tokenizer"))
+    steps = _steps(tokenizer.pre_tokenizer)
     if not any(step["type"] == "ByteLevel" for step in steps):
         if not model.get("byte_fallback"):
             raise InputError(f"{tokenizer.checkpoint_dir}/tokenizer.json has neither byte level nor byte fallback")

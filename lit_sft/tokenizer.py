@@ -141,6 +141,11 @@ class Tokenizer:
         """Whether a control token is written in ``text``, so that reading it with ``control`` makes a difference."""
         return self._file.pattern.search(text) is not None
 
+    @property
+    def pre_tokenizer(self) -> dict | None:
+        """How texts are cut before merging, as a tokenizer.json has it; None for a tokenizer.model."""
+        return None if isinstance(self._file, _SentencePiece) else self._file.pre_tokenizer
+
     def begins_with_control(self, text: str) -> bool:
         """Whether the first that is written in ``text`` is a control token."""
         text = text.lstrip()
@@ -324,6 +329,7 @@ class _TokenizersFile:
         if tokens := _completed(document["added_tokens"], config):
             self.rules["added_tokens"] = tokens
         document |= self.rules
+        self.pre_tokenizer: dict | None = document.get("pre_tokenizer")
         said, prefix = document["model"], document["model"].get("continuing_subword_prefix")
         for merge in said.get("merges") or () if prefix else ():
             if not (merge.split(" ") if isinstance(merge, str) else merge)[-1].startswith(prefix):

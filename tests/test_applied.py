@@ -91,7 +91,10 @@ def test_a_text_column_with_a_template_is_refused_and_taken_as_it_is_written(com
     texts = texts_of(kind)
     path = write_rows(tmp_path / "t.jsonl", [{"text": text} for text in texts])
     complaint = command("--data_file", path, code=2)
-    assert "t.jsonl row 1: a template is already applied in it (in 12 of 12 records" in complaint
+    assert (
+        "t.jsonl row 1: a template is already applied in it (control tokens are written in 12 of 12 records)"
+        in complaint
+    )
     assert "--template_applied true" in complaint and "--template_applied false" in complaint
     assert not (tmp_path / "data").exists()
     out = command("--data_file", path, "--template_applied", "true", "--show", 1)
@@ -164,7 +167,7 @@ def test_a_style_that_is_written_in_the_questions_already(command, kind, tmp_pat
     rows = [{"prompt": form.format(q), "completion": a} for q, a in TALKS]
     path = write_rows(tmp_path / "p.jsonl", rows)
     complaint = command("--data_file", path, "--prompt_style", "alpaca", code=2)
-    assert "what prompt style 'alpaca' would put there again" in complaint
+    assert "(control tokens, or the heading of prompt style 'alpaca', are written in 12 of 12 records)" in complaint
     command("--data_file", path, "--prompt_style", "alpaca", "--template_applied", "false")
 
 

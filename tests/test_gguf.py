@@ -281,7 +281,7 @@ def with_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> Path:
 @pytest.mark.parametrize("pre", PRE)
 def test_a_byte_level_tokenizer_is_told_with_its_merges(checkpoint_of: Callable, pre: str) -> None:
     tokenizer = byte_level(*PRE[pre])
-    _, checkpoint = checkpoint_of("qwen2")
+    _, checkpoint = checkpoint_of("llama grouped-query")
     reader = exported(with_tokenizer(checkpoint, tokenizer))
     assert field(reader, "tokenizer.ggml.model") == "gpt2" and field(reader, "tokenizer.ggml.pre") == pre
     tokens, kinds = field(reader, "tokenizer.ggml.tokens"), field(reader, "tokenizer.ggml.token_type")
@@ -300,7 +300,7 @@ def test_a_byte_level_tokenizer_is_told_with_its_merges(checkpoint_of: Callable,
 def test_an_unknown_pre_tokenizer_is_said_to_be_so(
     checkpoint_of: Callable, capsys: pytest.CaptureFixture, pre: list
 ) -> None:
-    _, checkpoint = checkpoint_of("qwen2")
+    _, checkpoint = checkpoint_of("llama grouped-query")
     reader = exported(with_tokenizer(checkpoint, byte_level(pre)))
     assert field(reader, "tokenizer.ggml.pre") == "default"
     assert "notice: llama.cpp has no name for this tokenizer's pre-tokenizer" in capsys.readouterr().out
