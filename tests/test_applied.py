@@ -10,11 +10,13 @@ from conftest import make_hf_llama
 from family_templates import FAMILIES
 from test_prepare import facts, main_of, stored
 from tokenizer_kinds import made, of_transformers, write
+from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lit_sft.args import ConvertArgs
+from lit_sft.args import ConvertArgs, ExportHFArgs
 from lit_sft.cli import run
 from lit_sft.convert import convert_checkpoint
+from lit_sft.export import export_hf
 from lit_sft.prompts import Message
 from lit_sft.samples import encode_prompt
 from lit_sft.tokenizer import Tokenizer
@@ -113,6 +115,17 @@ def test_the_same_dialogue_as_messages_has_the_same_ids(command, kind, tmp_path)
     command("--data_file", write_rows(tmp_path / "m.jsonl", rows))
     messages = sorted(ids for ids, _ in stored(tmp_path / "data", "train"))
     assert messages == sorted(ids_of(kind, text) for text in texts_of(kind))
+
+
+def test_an_exported_model_is_asked_with_the_tokens_it_learned(command, kind, models, tmp_path):
+    command("--data_file", write_rows(tmp_path / "m.jsonl", [{"messages": turns_of(*talk)} for talk in TALKS]))
+    export_hf(ExportHFArgs(checkpoint_dir=str(models[kind]), out_dir=str(tmp_path / "exported")))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    examples = {tuple(ids): mask for ids, mask in stored(tmp_path / "data", "train")}
+    for talk in TALKS:
+        whole = theirs.apply_chat_template(turns_of(*talk), return_dict=False)
+        prompt = theirs.apply_chat_template(turns_of(*talk)[:1], add_generation_prompt=True, return_dict=False)
+        assert whole[: len(prompt)] == prompt and examples[tuple(whole)].index(True) == len(prompt)
 
 
 def test_prompt_and_completion_with_a_template_inside(command, kind, tmp_path):
