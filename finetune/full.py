@@ -33,13 +33,13 @@ def main(args: FullTrainArgs) -> None:
     plan = make_plan(args, checkpoint_dir, train, fabric.device.type, runtime.precision(fabric))
     if args.estimate:
         return show_estimate(plan)
-    args = runtime.on_first(fabric, lambda: choose_settings(args, plan))
+    given, args = args, runtime.on_first(fabric, lambda: choose_settings(args, plan))
     train_steps = TrainSteps(train, args, fabric.world_size, fabric.global_rank, share)
     share = can_share_prefix(args, checkpoint_dir, val)
     val_batches = ValRows(val, train_steps.row_tokens, fabric.world_size, fabric.global_rank, share)
     args = resolve_args(args, checkpoint_dir, fabric, train_steps)
 
-    with open_run(args, train, fabric) as state:
+    with open_run(given, args, train_steps, fabric) as state:
         # the model, all of it trained; 16-bit weights get fp32 masters
         model = checkpoint.load_model(checkpoint_dir, dtype=runtime.base_dtype(fabric), device=fabric.device)
         model.checkpoint_every = args.checkpoint_every

@@ -39,18 +39,20 @@ def main(args: LoRATrainArgs) -> None:
     plan = make_plan(args, checkpoint_dir, train, fabric.device.type, runtime.precision(fabric))
     if args.estimate:
         return show_estimate(plan)
-    args = runtime.on_first(fabric, lambda: choose_settings(args, plan))
+    given, args = args, runtime.on_first(fabric, lambda: choose_settings(args, plan))
     train_steps = TrainSteps(train, args, fabric.world_size, fabric.global_rank, share)
     share = can_share_prefix(args, checkpoint_dir, val)
     val_batches = ValRows(val, train_steps.row_tokens, fabric.world_size, fabric.global_rank, share)
     args = resolve_args(args, checkpoint_dir, fabric, train_steps)
 
-    with open_run(args, train, fabric) as state:
+    with open_run(given, args, train_steps, fabric) as state:
         # the frozen base and the adapter that is trained beside it
         dtype = runtime.base_dtype(fabric)
         model = checkpoint.load_model(checkpoint_dir, None, dtype, fabric.device, args.quantize, args.offload)
         model.checkpoint_every = args.checkpoint_every
         dropout = apply_lora(model, args, args.seed)
+        if args.init_from and state is None:
+            checkpoint.init_adapter(model, args, checkpoint_dir)
         if fabric.device.type == "cuda" and not runtime.is_mixed(fabric):
             join_products(model)
         if not runtime.is_mixed(fabric) and not args.offload:

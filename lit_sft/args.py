@@ -17,6 +17,8 @@ CHECKPOINT_DIR_HELP = "converted checkpoint, with or without checkpoints/ in fro
 
 MOST_INT, MOST_FLOAT = 2**31 - 1, 1e15
 """The largest number of a flag, below zero too: as much as tensors, clocks and fp32 bear, and more than is meant."""
+LIMITS = ("epochs", "max_steps", "max_iters")
+"""Flags of which each may end a run; one that is typed holds alone against those of a --config."""
 MOST = {"seed": 2**32 - 1, "devices": 1024, "num_workers": 1024, "timeout_minutes": 1e9}
 MOST |= {"lora_r": 1 << 16, "lora_alpha": 1e6}
 """Where it is another."""
@@ -109,6 +111,11 @@ class TrainArgs(Args):
     out_dir: str = arg("out/run", "folder of this run: arguments, checkpoints, metrics, result")
     resume: str = arg(
         "auto", "auto: go on when out_dir holds an unfinished run; never: refuse; a path: from that state"
+    )
+    extend: bool = arg(
+        False,
+        "give the run in out_dir more steps, finished or not; from there on the learning rate follows the schedule of "
+        "the longer run, as if it had been that long from the start",
     )
     seed: int = arg(1337, "seed of the order of examples, of the adapter's start and of dropout")
     device: Literal["auto", "cpu", "cuda", "mps"] = arg("auto", "where to run")
@@ -229,6 +236,9 @@ class LoRATrainArgs(LoRAArgs, TrainArgs):
     out_dir: str = arg("out/lora", "folder of this run: arguments, checkpoints, metrics, adapter")
     quantize: Literal["nf4", "nf4-dq", "fp8", "bnb.nf4", "bnb.nf4-dq"] | None = arg(
         None, "store the frozen linear layers in 4 bits (dq: their scales in 8) or in 8; null: as they are"
+    )
+    init_from: str | None = arg(
+        None, "adapter, or folder of a run, whose matrices the new run starts from, with an optimizer of its own"
     )
     offload: bool = arg(
         False, "keep the blocks' frozen weights in the host's memory, for a small GPU: slower where rows are short"

@@ -102,11 +102,16 @@ class TrainSteps:
         n = len(shards)
         self.batch_size = args.global_batch_size or min(DEFAULT_BATCH_SIZE, max(1, n // 4))
         self.per_epoch = ceil(n / self.batch_size)
-        limits = [args.max_steps, args.epochs * self.per_epoch if args.epochs else None]
+        limits = {}
+        if args.max_steps:
+            limits[f"--max_steps {args.max_steps}"] = args.max_steps
         if args.max_iters:
             epochs, rest = divmod(args.max_iters * args.micro_batch_size, n)
-            limits.append(epochs * self.per_epoch + ceil(rest / self.batch_size))
-        self.max_steps = min(limit for limit in limits if limit is not None)
+            limits[f"--max_iters {args.max_iters}"] = epochs * self.per_epoch + ceil(rest / self.batch_size)
+        if args.epochs:
+            limits[f"--epochs {args.epochs}"] = args.epochs * self.per_epoch
+        self.limit = min(limits, key=limits.__getitem__)
+        self.max_steps = limits[self.limit]
 
     def examples(self, number: int) -> list[int]:
         """The examples of step ``number``: a slice of the epoch's permutation, or of the order the data prescribe.

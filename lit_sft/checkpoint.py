@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_sft.args import LoRAArgs
+from lit_sft.args import LoRAArgs, LoRATrainArgs
 from lit_sft.atomic import Manifest, publish_directory, write_atomically
 from lit_sft.config import ModelConfig
 from lit_sft.documents import read_json
@@ -201,6 +201,21 @@ def load_adapter(model: GPT, adapter_dir: str | Path, checkpoint_dir: Path) -> N
     """Put a saved adapter on ``model``, in place; InputError when it was trained on another base or does not fit."""
     lora, path = _open_adapter(adapter_dir, checkpoint_dir)
     apply_lora(model, lora, seed=0)
+    copy_tensors(lora_state_dict(model), path)
+
+
+def init_adapter(model: GPT, args: LoRATrainArgs, checkpoint_dir: Path) -> None:
+    """Copy the matrices of ``args.init_from`` into the adapter of ``model``, in place.
+
+    InputError when it was trained on another base, or is of another shape or scale than the adapter of this run.
+    """
+    lora, path = _open_adapter(args.init_from, checkpoint_dir)
+    for name, value in vars(lora).items():
+        if name.startswith("lora_") and name != "lora_dropout" and value != getattr(args, name):
+            raise InputError(
+                f"--init_from {args.init_from} has {name} {value}, this run {getattr(args, name)}; "
+                f"add --{name} {str(value).lower()}"
+            )
     copy_tensors(lora_state_dict(model), path)
 
 

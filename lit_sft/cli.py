@@ -17,6 +17,7 @@ from typing import Any, NoReturn, get_type_hints
 import jsonargparse
 
 import lit_sft
+from lit_sft.args import LIMITS
 from lit_sft.documents import YAML_BYTES, NotYAML, load_yaml, read_bytes
 from lit_sft.errors import EXIT_CODES, InputError, Interrupted, RunFailed, stops, words
 from lit_sft.output import outliving
@@ -122,8 +123,9 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
             argv = ["--path", *argv]  # the one thing that a command looks at needs no name
         parser = make_parser(main, prog or Path(sys.argv[0]).name)
         namespace = parser.parse_args(_named(main, argv))
-        namespace.pop("config")
-        code = main(_arguments(main)(**namespace.as_dict())) or 0
+        from_file = namespace.pop("config") is not None
+        values = namespace.as_dict()
+        code = main(_arguments(main)(**(values | _limits_given_up(values, argv) if from_file else values))) or 0
         sys.stdout.flush()
     except (InputError, OSError, jsonargparse.ArgumentError) as error:
         code = 141 if isinstance(error, BrokenPipeError) else _complain(error, argv, 2)
@@ -138,6 +140,13 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
     except Exception as error:
         code = _complain(error, argv, 1, f"unexpected {type(error).__name__}: {error}; --debug true shows where")
     _leave(code)
+
+
+def _limits_given_up(values: dict[str, Any], argv: list[str]) -> dict[str, None]:
+    """The limits of a config file that one on the command line replaces, which otherwise might have no effect."""
+    flags = {word.partition("=")[0] for word in argv}
+    typed = [name for name in LIMITS if f"--{name}" in flags]
+    return {name: None for name in LIMITS if typed and name in values and name not in typed}
 
 
 def _leave(code: int) -> NoReturn:

@@ -97,12 +97,13 @@ def resolve_args(args: TrainArgs, checkpoint_dir: Path, fabric: Fabric, steps: T
 
 
 @contextmanager
-def open_run(args: TrainArgs, shards: Shards, fabric: Fabric) -> Iterator[Path | None]:
+def open_run(given: TrainArgs, args: TrainArgs, steps: TrainSteps, fabric: Fabric) -> Iterator[Path | None]:
     """Hold the run's folder, and give the saved state to go on from, None for a new run; the same on every process.
 
     Args:
-        args: resolved; written to run.yaml of a new run, compared with it when one goes on.
-        shards: the training data, which must not have changed either.
+        given: the arguments as they were given; written to run.yaml, a --config for other runs.
+        args: resolved; recorded for a new run, compared with the record when one goes on.
+        steps: of the training data, which must not have changed either.
         fabric: its first process does all reading and writing.
 
     Raises InputError when the folder is in use, holds a finished run, or a run of other arguments, data or base.
@@ -113,7 +114,7 @@ def open_run(args: TrainArgs, shards: Shards, fabric: Fabric) -> Iterator[Path |
         def start() -> Path | None:
             _check_resume(args)
             held.enter_context(lock(out_dir))
-            return _start_or_go_on(args, shards, fabric.device)
+            return _start_or_go_on(given, args, steps, fabric.device)
 
         state = on_first(fabric, start)
         try:
@@ -150,31 +151,47 @@ def _forget_unstarted(out_dir: Path, there: set[str] | None) -> None:
             out_dir.rmdir()
 
 
-def _start_or_go_on(args: TrainArgs, shards: Shards, device: torch.device) -> Path | None:
-    out_dir = Path(args.out_dir)
+def _start_or_go_on(given: TrainArgs, args: TrainArgs, steps: TrainSteps, device: torch.device) -> Path | None:
+    out_dir, shards = Path(args.out_dir), steps.shards
     path, inputs_path = out_dir / RUN_ARGUMENTS, out_dir / RUN_INPUTS
     arguments, inputs = arguments_of(args), inputs_of(args, shards, device)
-    epochs = args.max_steps / math.ceil(len(shards) / args.global_batch_size)
+    epochs = f"{args.max_steps / steps.per_epoch:.3g}"
+    limits = [steps.limit] + ([f"--max_time {args.max_time:g} if that is sooner"] if args.max_time else [])
     tell(f"{args.checkpoint_dir} + {args.data_dir} → {out_dir}, {args.precision}")
     tell(
-        f"{len(shards):,} training examples, {args.global_batch_size} a step: {args.max_steps} steps, {epochs:.3g} "
-        f"epochs, learning rate {args.learning_rate:g} after {warmup_steps(args, args.max_steps)} steps of warmup"
+        f"{len(shards):,} training examples, {args.global_batch_size} a step: {args.max_steps} steps, "
+        f"{epochs} epoch{'s' * (epochs != '1')}, which {' or '.join(limits)} ends; learning rate "
+        f"{args.learning_rate:g} after {warmup_steps(args, args.max_steps)} steps of warmup"
     )
     if shards.n_cut:
         tell(f"--max_seq_length {args.max_seq_length} cuts or leaves out {shards.n_cut} examples")
     state = None
     if path.is_file():
         if saved_states(out_dir):  # a run that saved nothing may start anew with other arguments
-            compare(recorded(out_dir), arguments | inputs, out_dir)
+            compare(recorded(out_dir), arguments | inputs, steps.limit, args.extend)
+            _check_longer(args, steps, out_dir)
         sweep(out_dir)
         sweep(out_dir / STATES_DIR)
         state = newest_state(out_dir) if args.resume == "auto" else named_state(out_dir, Path(args.resume))
         tell(f"going on from {state}" if state else "the run had saved nothing yet; it starts anew")
-    texts = {inputs_path: json.dumps(inputs, indent=2) + "\n", path: yaml.safe_dump(arguments, sort_keys=False)}
+    (out_dir / DONE).unlink(missing_ok=True)  # of a run that is extended; before its record says so
+    record = {**inputs, "arguments": arguments}
+    texts = {
+        inputs_path: json.dumps(record, indent=2) + "\n",
+        path: yaml.safe_dump(arguments_of(given), sort_keys=False),
+    }
     for file, text in texts.items():
         if not file.is_file() or file.read_bytes() != text.encode():
             write_atomically(file, text)
     return state
+
+
+def _check_longer(args: TrainArgs, steps: TrainSteps, out_dir: Path) -> None:
+    """Require that a finished run is given more steps."""
+    if (out_dir / DONE).is_file() and recorded(out_dir)["max_steps"] >= args.max_steps:
+        raise InputError(
+            f"--extend true: {out_dir} has made its {args.max_steps} steps, {steps.limit} asks for no more; raise it"
+        )
 
 
 def _check_resume(args: TrainArgs) -> None:
@@ -185,9 +202,14 @@ def _check_resume(args: TrainArgs) -> None:
     if (out_dir / MANIFEST).is_file():
         what = f"{out_dir} holds something else that lit_sft wrote, whose files a run would replace"
         raise InputError(f"{what}; name another --out_dir")
-    if (out_dir / DONE).is_file():
-        raise InputError(f"{out_dir} holds a finished run; name another --out_dir (--resume is for unfinished ones)")
+    if (out_dir / DONE).is_file() and not args.extend:
+        raise InputError(
+            f"{out_dir} holds a finished run; --extend true with a larger --epochs or --max_steps gives it more steps, "
+            "or name another --out_dir"
+        )
     if not (out_dir / RUN_ARGUMENTS).is_file():
+        if args.extend:
+            raise InputError(f"--extend true: {out_dir} holds no run to extend; name its --out_dir")
         if args.resume not in ("auto", "never"):
             raise InputError(f"--resume {args.resume}: {out_dir} holds no run to go on with")
         if found := [name for name in (METRICS, STATES_DIR, ADAPTER_DIR, MODEL_DIR) if (out_dir / name).exists()]:

@@ -26,6 +26,7 @@ FREE = {
     "eval_interval", "save_interval", "save_minutes", "keep_last", "keep_best", "on_nonfinite", "sample_prompt",
     "checkpoint_dir", "data_dir", "max_iters", "epochs", "share_prefix", "activation_checkpointing", "compile",
     "offload", "hardware", "threads", "torch", "lit_sft", "estimate", "rehearse", "timeout_minutes", "base_files",
+    "extend",
 }  # fmt: skip
 # those of them that move the last bits
 PLACES = (
@@ -35,8 +36,8 @@ PLACES = (
 
 
 def arguments_of(args: TrainArgs) -> dict:
-    """What run.yaml says: every argument but how this one command was to begin."""
-    return {k: v for k, v in asdict(args).items() if k != "debug"} | {"resume": "auto"}
+    """Every argument but how this one command was to begin: as given in run.yaml, resolved in inputs.json."""
+    return {k: v for k, v in asdict(args).items() if k != "debug"} | {"resume": "auto", "extend": False}
 
 
 def inputs_of(args: TrainArgs, shards: Shards, device: torch.device) -> dict:
@@ -64,33 +65,48 @@ def going_on(args: TrainArgs) -> dict | None:
 
 
 def recorded(out_dir: Path) -> dict:
-    """What a run was started with; InputError when its files do not say."""
+    """The resolved arguments and the inputs that a run was started with; InputError when its files do not say."""
     try:
-        return read_yaml(out_dir / RUN_ARGUMENTS) | read_json(out_dir / RUN_INPUTS)
+        inputs = read_json(out_dir / RUN_INPUTS)
+        arguments = inputs.pop("arguments", None)  # earlier versions had them, resolved, in run.yaml
+        return (read_yaml(out_dir / RUN_ARGUMENTS) if arguments is None else arguments) | inputs
     except (OSError, ValueError, TypeError, InputError) as error:
         why = " ".join(str(error).split())
         raise InputError(f"{out_dir} does not say what its run was started with ({why}); name another") from None
 
 
-def compare(before: dict, now: dict, out_dir: Path) -> None:
-    """Say in a line what moves the last bits; InputError, with the difference, where something else is computed."""
+def compare(before: dict, now: dict, limit: str, extend: bool) -> None:
+    """Say in a line what moves the last bits; InputError, with the difference, where something else is computed.
+
+    ``limit``: the flag that ends the run, as given now. ``extend``: it may have more steps than before.
+    """
+    out_dir = Path(now["out_dir"])
     both = [k for k in PLACES if k in now and k in before]
     moved = [f"{k} {now[k]} instead of {before[k]}" for k in both if before[k] != now[k]]
     if moved:
         tell(f"going on with {', '.join(moved)}: the same computation, equal to rounding")
     changed = [k for k in (now | before) if k not in FREE and before.get(k) != now.get(k)]
+    is_longer = "max_steps" in changed and now["max_steps"] > before["max_steps"]
+    if is_longer and extend:
+        tell(
+            f"extended from {before['max_steps']} to {now['max_steps']} steps; the learning rate follows the schedule "
+            f"of {now['max_steps']} steps from here on"
+        )
+        changed.remove("max_steps")
     if changed:
-        differences = ", ".join(_difference(k, before.get(k), now.get(k)) for k in changed)
+        labels = {"max_steps": f"max_steps, by {limit}"}
+        differences = ", ".join(_difference(k, before.get(k), now.get(k), labels.get(k, k)) for k in changed)
+        more = "--extend true gives it more steps; else " if is_longer and len(changed) == 1 else ""
         raise InputError(
-            f"{out_dir} holds an unfinished run that computes something else ({differences}); "
+            f"{out_dir} holds a run that computes something else ({differences}); {more}"
             "give it the same arguments, or name another --out_dir"
         )
     if before.get("base_files") != now["base_files"]:  # moved, or written over since the run began: its hashes tell
         Manifest.read(base := Path(now["checkpoint_dir"])).check_files(base)
 
 
-def _difference(name: str, then: object, now: object) -> str:
+def _difference(name: str, then: object, now: object, label: str) -> str:
     if name.endswith("_fingerprint"):  # the hashes of files, one behind the other: the first that differs
         pairs = zip_longest(str(then).split("+"), str(now).split("+"), fillvalue="none")
         then, now = next((a[:12], b[:12]) for a, b in pairs if a != b)
-    return f"{name}: {then!r:.80} then, {now!r:.80} now"
+    return f"{label}: {then!r:.80} then, {now!r:.80} now"
