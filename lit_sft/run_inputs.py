@@ -94,8 +94,8 @@ def compare(before: dict, now: dict, limit: str, extend: bool) -> None:
         )
         changed.remove("max_steps")
     if changed:
-        labels = {"max_steps": f"max_steps, by {limit}"}
-        differences = ", ".join(_difference(k, before.get(k), now.get(k), labels.get(k, k)) for k in changed)
+        reasons = {"max_steps": f" by {limit}"}
+        differences = ", ".join(_difference(k, before.get(k), now.get(k)) + reasons.get(k, "") for k in changed)
         more = "--extend true gives it more steps; else " if is_longer and len(changed) == 1 else ""
         raise InputError(
             f"{out_dir} holds a run that computes something else ({differences}); {more}"
@@ -105,8 +105,8 @@ def compare(before: dict, now: dict, limit: str, extend: bool) -> None:
         Manifest.read(base := Path(now["checkpoint_dir"])).check_files(base)
 
 
-def _difference(name: str, then: object, now: object, label: str) -> str:
+def _difference(name: str, then: object, now: object) -> str:
     if name.endswith("_fingerprint"):  # the hashes of files, one behind the other: the first that differs
         pairs = zip_longest(str(then).split("+"), str(now).split("+"), fillvalue="none")
         then, now = next((a[:12], b[:12]) for a, b in pairs if a != b)
-    return f"{label}: {then!r:.80} then, {now!r:.80} now"
+    return f"{name}: {then!r:.80} then, {now!r:.80} now"

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from faults import fork, leftovers
 from reliability import RECIPES, RUN, difference, make_world, result, train
 from safetensors.torch import load_file, save_file
@@ -21,7 +20,7 @@ from lit_sft import atomic, loop, run
 from lit_sft.atomic import Manifest, discard, publish_directory, sweep
 from lit_sft.errors import InputError, RunFailed
 from lit_sft.metrics import Metrics
-from lit_sft.run_inputs import compare
+from lit_sft.run_inputs import compare, recorded
 from lit_sft.runtime import launch
 
 SHORT = {"max_steps": 4, "save_interval": 1, "keep_last": 9}
@@ -129,6 +128,7 @@ MOVES_NOTHING = {
     "checkpoint_dir": "the same, base_fingerprint is compared",
     "base_files": "the base may have been moved or touched; its hashes are then read",
     "resume": "from which state",
+    "extend": "whether max_steps, which is compared, may grow",
     "epochs": "max_steps, which follows from it, is compared",
     "max_iters": "the same",
     "max_time": "when the run pauses; the schedule stays",
@@ -151,23 +151,24 @@ def test_each_argument_may_change_or_is_refused_by_its_name(
 ) -> None:
     """All that a run records and every flag of its command; what moves the last bits is said in one line."""
     out = interrupted(recipe)
-    before = yaml.safe_load((out / "run.yaml").read_text()) | json.loads((out / "inputs.json").read_text())
+    before = recorded(out)
     flags = {field.name for field in fields(RECIPES[recipe][1])}
     free = (MOVES_LAST_BITS.keys() | MOVES_NOTHING.keys()) - ({"offload"} if recipe == "full" else set())
     assert flags - {"debug"} <= before.keys() and free <= before.keys() | flags
     for name in sorted(before.keys() | flags):
-        now = before | {name: "another"}
+        now = before | {name: "another" if name != "max_steps" else before["max_steps"] - 1}
+        now["out_dir"] = "out"
         capsys.readouterr()
         if name in MOVES_LAST_BITS:
-            compare(before, now, out)
+            compare(before, now, "--epochs 3", extend=False)
             said = f"going on with {name} another instead of {before[name]}: the same computation, equal to rounding\n"
             assert capsys.readouterr().out == said
         elif name in MOVES_NOTHING:
-            compare(before, now, out)
+            compare(before, now, "--epochs 3", extend=False)
             assert capsys.readouterr().out == ""
         else:
-            with pytest.raises(InputError, match=rf"\({name}: .* then, 'another' now\)"):
-                compare(before, now, out)
+            with pytest.raises(InputError, match=rf"\({name}: .* then, .* now( by --epochs 3)?\)"):
+                compare(before, now, "--epochs 3", extend=False)
 
 
 REFUSED = {
