@@ -32,6 +32,10 @@ from lit_sft.styles import AS_WRITTEN, PLAIN
 from lit_sft.tokenizer import Tokenizer
 
 MOST_WORKERS = 8
+DATA_FLAGS = (
+    "data_file", "data_file_url", "data_repo_id", "data_config", "data_split", "mix", "variant", "subsets", "languages"
+)  # fmt: skip
+"""Flags that say which data are read."""
 MOST_EXAMINED = 1000
 """Examples whose end tokens are collected."""
 
@@ -78,14 +82,10 @@ def prepare_mix(args: PrepareArgs, sources: list[MixedSource], name: str) -> Pat
         "mask_prompt": args.mask_prompt,
         "max_seq_length": max_seq_length,
         "order": args.order,
-        "arguments": {
-            k: without_address_secrets(v) if isinstance(v, str) else v
-            for k, v in asdict(args).items()
-            if k not in ("access_token", "debug", "num_workers", "show")
-        },
+        "arguments": recorded_arguments(args),
     }
     destination = Path(args.destination_path or Path("data") / name)
-    _check_destination(destination)
+    _check_destination(destination, args)
     quality = args.min_alphanumeric_share is not None or args.max_repetition_share is not None
     near = args.deduplicate == "near"
     encoding = Encoding(
@@ -121,6 +121,15 @@ def prepare_mix(args: PrepareArgs, sources: list[MixedSource], name: str) -> Pat
     return destination
 
 
+def recorded_arguments(args: PrepareArgs) -> dict:
+    """The arguments that the manifest holds: those that decide what is made, without secrets."""
+    return {
+        name: without_address_secrets(value) if isinstance(value, str) else value
+        for name, value in asdict(args).items()
+        if name not in ("access_token", "debug", "num_workers", "show", "overwrite")
+    }
+
+
 def _chosen_style(args: PrepareArgs, tokenizer: Tokenizer) -> str:
     """The prompt style of dialogues."""
     if args.template_applied:
@@ -152,16 +161,40 @@ def _ends(spool: Spool, tokenizer: Tokenizer) -> set[int]:
     return {i for i in ends if tokenizer.control_text(i) is not None}
 
 
-def _check_destination(destination: Path) -> None:
-    """Refuse what is in the way before the work: also what somebody keeps beside shards, which go as a whole."""
+def _check_destination(destination: Path, args: PrepareArgs) -> None:
+    """Refuse what is in the way before the work: shards of other data, and what somebody keeps beside shards."""
     if not replaceable(destination, KIND):
         raise InputError(f"{destination} exists and is not a {KIND} directory of lit_sft; remove it or name another")
     if (destination / MANIFEST).is_file():
-        own = {MANIFEST, *Manifest.read(destination).files}
+        manifest = Manifest.read(destination)
+        if not args.overwrite:
+            _check_same_data(destination, manifest.facts.get("arguments") or {}, args)
+        own = {MANIFEST, *manifest.files}
         if others := sorted({path.name for path in destination.iterdir()} - own):
             raise InputError(
                 f"{destination} holds {others[0]!r} beside earlier shards; move it, or name another folder"
             )
+
+
+def _check_same_data(destination: Path, before: dict, args: PrepareArgs) -> None:
+    """Require that shards in the way were made of the data that are named now; the files may have been edited."""
+    now = recorded_arguments(args)
+    if args.data_file and "://" not in args.data_file and not Path(args.data_file).exists():
+        return  # which is what is wrong, and is said when it is read
+    differences = [name for name in DATA_FLAGS if _source(before.get(name)) != _source(now.get(name))]
+    if differences:
+        then, given = (
+            ", ".join(f"--{name} {arguments.get(name)}" for name in differences) for arguments in (before, now)
+        )
+        raise InputError(
+            f"{destination} holds other data ({then}) than are asked for now ({given}); name another "
+            "--destination_path, or add --overwrite true"
+        )
+
+
+def _source(value: object) -> object:
+    is_path = isinstance(value, str) and "://" not in value
+    return Path(value).absolute() if is_path else value
 
 
 @contextmanager

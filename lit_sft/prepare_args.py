@@ -12,6 +12,7 @@ class PrepareArgs(Args):
 
     checkpoint_dir: str | None = arg(None, CHECKPOINT_DIR_HELP + " (default: the only one there is)")
     destination_path: str | None = arg(None, "folder to write the shards to (default: data/<name>)")
+    overwrite: bool = arg(False, "replace what the folder holds, also where that was made of other data")
     data_file: str | None = arg(
         None, "file to read, or its address: .json, .jsonl, .csv, .tsv, .parquet or .arrow", "csv_path", "csv_dir"
     )

@@ -172,7 +172,7 @@ def test_a_few_texts_about_control_tokens_are_no_templates(command, kind, tmp_pa
     rows = [{"text": f"Page {n} is about nothing."} for n in range(199)] + [{"text": f"{eos} ends a text."}]
     command("--data_file", write_rows(tmp_path / "t.jsonl", rows))
     rows = [{"instruction": f"Do {n}", "output": f"{eos} ends it." if n < 5 else "Done."} for n in range(12)]
-    command("--data_file", write_rows(tmp_path / "i.jsonl", rows), "--destination_path", tmp_path / "other")
+    command("--data_file", write_rows(tmp_path / "i.jsonl", rows), "--overwrite", "true")
 
 
 def test_a_style_that_is_written_in_the_questions_already(command, kind, tmp_path):

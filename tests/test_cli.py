@@ -550,10 +550,10 @@ NO_SUCH_THING: list[tuple[str, str, list[str], str]] = [
         ["--data_dir=data/csv", "--micro_batch_tokens=9", "--out_dir=out/x"],
         "--micro_batch_tokens 9 is below the longest example",
     ),
-    ("finished", "lora", ["--data_dir=data/csv"], "holds a finished run; name another --out_dir"),
+    ("finished", "lora", ["--data_dir=data/csv"], "holds a finished run; --extend true"),
     ("16-mixed", "lora", ["--data_dir=data/csv", "--device=cpu", "--precision=16-mixed", "--out_dir=out/x"], "a GPU"),
     ("no file", "prepare_csv", ["--csv_path=none.csv", "--checkpoint_dir=test/base"], "none.csv does not exist"),
-    ("a folder", "prepare_csv", ["--csv_dir=data", "--checkpoint_dir=test/base"], "is a directory"),
+    ("a folder", "prepare_csv", ["--csv_dir=data", "--checkpoint_dir=test/base", "--overwrite=true"], "is a directory"),
     (
         "overflow",
         "prepare_csv",

@@ -180,7 +180,7 @@ def test_oasst(command, tmp_path, sp, form):
     out = command("prepare_oasst", "--data_file", form)
     assert marked(sp, Path("data/oasst")) == sorted([ENGLISH, SPANISH])
     assert "left out 3 of 5 trees: not ready, of another language, or without an answer" in out
-    command("prepare_oasst", "--data_file", form, "--languages", "en, de")
+    command("prepare_oasst", "--data_file", form, "--languages", "en, de", "--overwrite", "true")
     assert marked(sp, Path("data/oasst")) == [ENGLISH]
 
 

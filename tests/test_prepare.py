@@ -342,6 +342,43 @@ def test_stored_prompts_are_those_of_generation(command, home):
     assert sorted(ids[: mask.index(True)] for ids, mask in stored(home / "data/csv", "*")) == prompts
 
 
+# --- what a folder of data held before
+
+
+def test_other_data_do_not_replace_those_of_a_folder(command, home):
+    write_csv(home / "d.csv")
+    write_csv(home / "other.csv", ROWS[:3])
+    command("prepare_csv", "--csv_path", "d.csv")
+    before = {path.name: path.read_bytes() for path in (home / "data/csv").iterdir()}
+    complaint = command("prepare_csv", "--csv_path", "other.csv", code=2)
+    assert "data/csv holds other data (--data_file d.csv) than are asked for now (--data_file other.csv)" in complaint
+    assert "--destination_path" in complaint and "--overwrite true" in complaint
+    assert before == {path.name: path.read_bytes() for path in (home / "data/csv").iterdir()}
+    # the same file by another name for it, edited, and with other flags
+    write_csv(home / "d.csv", ROWS[:4])
+    out = command("prepare_csv", "--csv_path", home / "d.csv", "--max_seq_length", 400)
+    assert "replacing what data/csv held" in out and facts(home / "data/csv")["n_rows"] == 4
+    command("prepare_csv", "--csv_path", "other.csv", "--overwrite", "true")
+    assert facts(home / "data/csv")["n_rows"] == 3
+    command("prepare_csv", "--csv_path", "d.csv", "--destination_path", "data/d")
+
+
+@pytest.mark.parametrize(("script", "then", "now"), [
+    ("prepare_alpaca", ["--data_file", "d.json"], ["--data_file", "e.json"]),
+    ("prepare_dataset", ["--data_file", "d.json"], ["--mix", "mix.yaml"]),
+    ("prepare_alpaca", ["--data_file", "d.json"], []),
+    ("prepare_alpaca", ["--data_file", "d.json"], ["--data_repo_id", "ORG/NAME"]),
+    ("prepare_alpaca", ["--data_file", "d.json"], ["--data_file", "d.json", "--variant", "libre"]),
+])  # fmt: skip
+def test_other_data_of_any_kind(command, home, script, then, now):
+    write_json(home / "d.json")
+    write_json(home / "e.json")
+    (home / "mix.yaml").write_text("- data_file: e.json\n")
+    where = ("--destination_path", "data/x")
+    command(script, *then, *where)
+    assert "data/x holds other data (" in command(script, *now, *where, code=2)
+
+
 # --- too long
 
 
