@@ -20,7 +20,7 @@ from lit_sft.families.family import WeightNames
 from lit_sft.layout import check_checkpoint_dir, check_new
 from lit_sft.lora import LoRALinear, apply_lora
 from lit_sft.model import GPT
-from lit_sft.peft import OUR_FACTS, PEFT_CONFIG, PEFT_WEIGHTS, Pair, names_of, split
+from lit_sft.peft import OUR_FACTS, PEFT_CONFIG, PEFT_WEIGHTS, Pair, find_module, names_of, split
 from lit_sft.prompts import resolve_style, style_label
 from lit_sft.samples import default_style, stop_ids
 from lit_sft.tokenizer import Tokenizer
@@ -82,6 +82,8 @@ def import_peft(args: ImportPeftArgs) -> Path:
         if len(a) != rank or b.shape[1] != rank:
             raise InputError(f"{folder}: {name} has rank {len(a)}, not {rank} as {PEFT_CONFIG} says; save it again")
         pair = Pair(a, b, Fraction(alpha) / Fraction(sqrt(rank) if config.get("use_rslora") else rank))
+        if names.of_another_part(name) and not b.any():
+            continue  # a tower for images that peft adapted by the ends of its layers' names, and text never trained
         pairs |= split(name, pair, names, shapes)
     facts = adapter_facts(base, _prompt_facts(args, folder, base))
     lora, model = _assemble(pairs, names.config, float(config.get("lora_dropout") or 0.0))
@@ -160,7 +162,7 @@ def _read_factors(folder: Path, base: Path, names: WeightNames) -> dict[str, tup
 def _is_of_base(weight: Weight, base: Path, names: WeightNames) -> bool:
     """Whether it is the base's own embedding or head, which peft saves beside an adapter of the head."""
     name = re.sub(r"^base_model\.model\.|\.base_layer(?=\.weight$)", "", weight.name)
-    ours = names.targets.get(name)
+    ours, _ = find_module(name.removesuffix(".weight"), names) or (None, [])
     if ours not in ("wte.weight", "lm_head.weight"):
         return False
     stored = {w.name: w for w in open_source(str(base), None, None).weights}

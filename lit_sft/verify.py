@@ -62,7 +62,7 @@ def _config_of_transformers(directory: Path) -> Any:
             f"--verify: transformers ignores {unknown[0]} and would compute something else; leave --verify out"
         )
     try:
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, __version__
+        from transformers import AutoConfig, __version__
         from transformers.utils import logging
     except ImportError:
         raise InputError("--verify needs transformers: pip install 'lit-sft[verify]'; or leave it out") from None
@@ -70,7 +70,7 @@ def _config_of_transformers(directory: Path) -> Any:
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        known = _auto_model(config) is not None
     except (ValueError, KeyError, OSError):
         known = False
     if not known:
@@ -81,15 +81,24 @@ def _config_of_transformers(directory: Path) -> Any:
     return config
 
 
+def _auto_model(hf_config: Any) -> Any:
+    """The class that loads what a config of transformers describes, multimodal models too; None: it has none."""
+    import transformers
+
+    for kind in ("CausalLM", "ImageTextToText", "MultimodalLM"):
+        auto_model = getattr(transformers, f"AutoModelFor{kind}", None)
+        if auto_model is not None and type(hf_config) in auto_model._model_mapping:
+            return auto_model
+    return None
+
+
 def _compare(directory: Path, hf_config: Any, dtype: torch.dtype | None) -> tuple[float, float]:
     """The largest difference of two logits, and the largest logit."""
-    from transformers import AutoModelForCausalLM
-
     rows = ModelConfig.from_dir(directory).vocab_size
     if hf_config.get_text_config().vocab_size != rows:
         hf_config.get_text_config().vocab_size = rows  # transformers does not load weights of another size
     with torch.no_grad():
-        reference = AutoModelForCausalLM.from_pretrained(
+        reference = _auto_model(hf_config).from_pretrained(
             directory, config=hf_config, dtype=torch.float32, trust_remote_code=False, local_files_only=True
         ).eval()
         if dtype is not None:  # the converted weights were rounded

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lit_sft.config import ModelConfig
@@ -49,6 +49,45 @@ Target = str | Fused | Stacked
 
 
 @dataclass(frozen=True)
+class Wrapper:
+    """A multimodal architecture around a text model; the rest of it, for images or sounds, is not read."""
+
+    architecture: str
+    """Its name in config.json's ``architectures``."""
+    model_type: str
+    """Its name in config.json's ``model_type``."""
+    text_model_type: str
+    """The ``model_type`` of a ``text_config`` that names none."""
+    module: str = "model.language_model."
+    """Where transformers 5 keeps the modules of the text model; the head is ``lm_head``."""
+    prefixes: tuple[str, ...] = ("language_model.model.", "model.language_model.", "language_model.")
+    """What the text model's weights are named by in files, instead of the family's prefix."""
+    others: str = (
+        r"(model\.)?(vision_tower|vision_model|audio_tower|multi_modal_projector|connector|image_newline)(\..*)?"
+    )
+    """Regular expression of the names of all other weights and modules."""
+
+    def text_name(self, name: str, prefix: str) -> str:
+        """The name that a weight or module of the text model has in the text model alone, whose prefix is ``prefix``.
+
+        A name that is none of the text model's is given back as it is.
+        """
+        head = name.removeprefix("language_model.")
+        if head.startswith("lm_head."):
+            return head
+        for start in self.prefixes:
+            if name.startswith(start):
+                return prefix + name.removeprefix(start)
+        return name
+
+    def file_name(self, text_name: str, prefix: str, start: str) -> str:
+        """The way back: the name in a file that names the text model's weights by ``start``."""
+        if text_name.startswith(prefix):
+            return start + text_name.removeprefix(prefix)
+        return "language_model." + text_name if start == "language_model.model." else text_name
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture, as data."""
 
@@ -76,6 +115,12 @@ class Family:
     overrides_tokenizer_class: bool = False
     """Whether ``tokenizer_class`` holds against one that tokenizer_config.json names
     (MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS)."""
+    modules: dict[str, str] = field(default_factory=dict)
+    """Modules that transformers 5 calls otherwise than the files: their name there by the one here."""
+    defaults: dict[str, int] = field(default_factory=dict)
+    """What a wrapper's ``text_config`` means that leaves a field out: the values of transformers' own class."""
+    wrapper: Wrapper | None = None
+    """The multimodal architecture that a config.json is of; None: it is the text model's own."""
 
     def read_config(self, hf_config: dict) -> ModelConfig:
         """ModelConfig of a config.json; InputError names a field that is missing, wrong or not supported."""
@@ -83,7 +128,7 @@ class Family:
 
     def read_fields(self, hf_config: dict) -> tuple[ModelConfig, Fields]:
         """As ``read_config``, with the fields, which know what was read of them."""
-        fields = Fields(text_config(hf_config))
+        fields = Fields(self._text_fields(hf_config))
         try:
             config = self.read(fields)
         except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
@@ -91,17 +136,32 @@ class Family:
         fields.check_unread(self.name)
         return config, fields
 
+    def _text_fields(self, hf_config: dict) -> dict:
+        """The fields that say what the text model computes."""
+        if self.wrapper is None:
+            return text_config(hf_config)
+        outer = {key: value for key, value in hf_config.items() if key not in OTHER_CONFIGS}
+        return text_config(outer | {"text_config": self.defaults | hf_config["text_config"]})
+
     def exported_config(self, hf_config: dict) -> dict:
         """The config.json of the weights under the names that are written: a multimodal model's text model alone."""
-        text = text_config(hf_config)
-        if text is hf_config:
+        if self.wrapper is None:
             return respell_rope(self.respell(hf_config))
-        kept = {key: value for key, value in text.items() if key not in ("vision_config", "audio_config")}
-        return respell_rope(kept) | {"architectures": [self.architectures[0]], "model_type": self.model_types[0]}
+        outer = {key: hf_config[key] for key in OF_THE_WHOLE if key in hf_config}
+        text = text_config(outer | {"text_config": hf_config["text_config"]})
+        return respell_rope(text) | {"architectures": [self.architectures[0]], "model_type": self.model_types[0]}
 
     def names(self, config: ModelConfig) -> WeightNames:
         """The names of all weights of one model."""
         return WeightNames(self, config)
+
+
+OTHER_CONFIGS = ("vision_config", "audio_config")
+OF_THE_WHOLE = (
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+    *("tie_word_embeddings", "dtype", "torch_dtype", "transformers_version"),
+)
+"""Fields of a multimodal config.json that go on to its text model's where that has none."""
 
 
 def text_config(hf_config: dict) -> dict:
@@ -127,13 +187,22 @@ class WeightNames:
 
     def find(self, hf_name: str) -> tuple[Target, list[str]] | None:
         """What a Hub tensor is, with the numbers in its name; None: ignored. InputError names an unknown one."""
-        for name in (hf_name, self.family.prefix + hf_name):
+        wrapper, prefix = self.family.wrapper, self.family.prefix
+        if self.of_another_part(hf_name):
+            return None
+        text_name = wrapper.text_name(hf_name, prefix) if wrapper else hf_name
+        for name in (text_name, prefix + text_name):
             template, numbers = split_numbers(name)
             if template in self.targets:
                 return self.targets[template], numbers
             if any(re.fullmatch(pattern, name) for pattern in self.family.ignored):
                 return None
         raise InputError(f"weight {hf_name!r} is unknown to the {self.family.name} family; nothing was converted")
+
+    def of_another_part(self, hf_name: str) -> bool:
+        """Whether a weight or module is of a multimodal model's rest, which is not read."""
+        wrapper = self.family.wrapper
+        return wrapper is not None and re.fullmatch(wrapper.others, hf_name) is not None
 
     def source(self, lit_name: str) -> tuple[str, Target, list[str]]:
         """Where one of our weights goes on the Hub: the name with ``{}`` for numbers, what it is, the numbers."""
@@ -144,7 +213,25 @@ class WeightNames:
     def hf_name(self, lit_name: str) -> str:
         """The Hub's name of one of our weights; of a stacked one the name of its first row."""
         theirs, _, numbers = self.source(lit_name)
-        return theirs.format(*numbers, 0)
+        name, wrapper = theirs.format(*numbers, 0), self.family.wrapper
+        return wrapper.file_name(name, self.family.prefix, wrapper.prefixes[0]) if wrapper else name
+
+    def module_name(self, hf_name: str) -> str:
+        """The path of the module in transformers 5 whose weight a file of the text model alone calls ``hf_name``."""
+        name = hf_name.removesuffix(".weight")
+        name = self.family.modules.get(name, name)
+        wrapper, prefix = self.family.wrapper, self.family.prefix
+        if wrapper and name.startswith(prefix):
+            return wrapper.module + name.removeprefix(prefix)
+        return name
+
+    def spelled_as(self, source: Iterable[str], hf_name: str) -> str:
+        """The name of a text model's weight in the files of the whole, which name their weights as in ``source``."""
+        wrapper, prefix = self.family.wrapper, self.family.prefix
+        if wrapper is None:
+            return hf_name
+        named = [start for name in source for start in wrapper.prefixes if name.startswith(start)]
+        return wrapper.file_name(hf_name, prefix, next(iter(named), wrapper.prefixes[0]))
 
 
 def _name(target: Target) -> str:

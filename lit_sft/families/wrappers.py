@@ -1,0 +1,23 @@
+"""Multimodal architectures whose text model is a family here, with what is particular to each.
+
+Source: transformers' modeling files, and conversion_mapping.py for the names in files of before and after. Without
+images or sounds each computes what its text model alone does, which makes one of these; PaliGemma, whose prompts look
+ahead, and Llama 3.2 Vision, which has layers of its own among those of the text model, do not.
+"""
+
+from lit_sft.families.family import Wrapper
+
+TEXT_MODEL = {"module": "model.text_model.", "prefixes": ("model.text_model.",)}
+
+WRAPPERS = (
+    Wrapper("Gemma3ForConditionalGeneration", "gemma3", "gemma3_text"),
+    Wrapper("Mistral3ForConditionalGeneration", "mistral3", "mistral"),
+    Wrapper("LlavaForConditionalGeneration", "llava", "llama"),
+    Wrapper("LlavaNextForConditionalGeneration", "llava_next", "llama"),
+    Wrapper("LlavaOnevisionForConditionalGeneration", "llava_onevision", "qwen2"),
+    Wrapper("VipLlavaForConditionalGeneration", "vipllava", "llama"),
+    Wrapper("InternVLForConditionalGeneration", "internvl", "qwen2"),
+    Wrapper("VoxtralForConditionalGeneration", "voxtral", "llama"),
+    Wrapper("Idefics3ForConditionalGeneration", "idefics3", "llama", **TEXT_MODEL),
+    Wrapper("SmolVLMForConditionalGeneration", "smolvlm", "llama", **TEXT_MODEL),
+)
