@@ -98,9 +98,13 @@ def _compare(directory: Path, hf_config: Any, dtype: torch.dtype | None) -> tupl
     if hf_config.get_text_config().vocab_size != rows:
         hf_config.get_text_config().vocab_size = rows  # transformers does not load weights of another size
     with torch.no_grad():
-        reference = _auto_model(hf_config).from_pretrained(
-            directory, config=hf_config, dtype=torch.float32, trust_remote_code=False, local_files_only=True
-        ).eval()
+        reference = (
+            _auto_model(hf_config)
+            .from_pretrained(
+                directory, config=hf_config, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+            )
+            .eval()
+        )
         if dtype is not None:  # the converted weights were rounded
             for parameter in reference.parameters():
                 parameter.copy_(parameter.to(dtype))

@@ -9,16 +9,20 @@ import torch
 from safetensors.torch import load_file
 from test_families import logits_of, token_ids
 from test_lora import filled_adapter
+from test_peft import TOKENIZER
 from wrapped_models import WRAPPED, make_wrapped
 
 from lit_sft import load_model
 from lit_sft.args import ConvertArgs, ConvertLitArgs, ExportHFArgs, ExportPeftArgs, ImportPeftArgs, LoRAArgs, MergeArgs
 from lit_sft.checkpoint import adapter_facts, save_adapter
 from lit_sft.convert import convert_checkpoint
+from lit_sft.errors import InputError
 from lit_sft.export import convert_lit_checkpoint, export_hf
+from lit_sft.families import FAMILIES, find_family
 from lit_sft.merge import merge_checkpoint
 from lit_sft.peft import export_peft
 from lit_sft.peft_import import import_peft
+from lit_sft.verify import convert_verified
 
 IDS = token_ids(40).clamp(max=156)  # the last ids stand for images
 SPELLINGS = [(name, spelling) for name, wrapped in WRAPPED.items() for spelling in wrapped.spellings]
@@ -85,9 +89,7 @@ def test_the_text_model_is_read_whatever_its_files_call_it(tmp_path: Path, name:
 
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize(("name", "spelling"), SPELLINGS)
-def test_an_adapter_is_loaded_by_peft_beside_its_own_base(
-    tmp_path: Path, name: str, spelling: str, head: bool
-) -> None:
+def test_an_adapter_is_loaded_by_peft_beside_its_own_base(tmp_path: Path, name: str, spelling: str, head: bool) -> None:
     """And comes back bit by bit, and leaves again under the same names."""
     make_wrapped(tmp_path / "hub", WRAPPED[name], spelling)
     base = converted(tmp_path / "hub")
@@ -100,3 +102,163 @@ def test_an_adapter_is_loaded_by_peft_beside_its_own_base(
     again = exported(back, tmp_path / "again")
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (again / file).read_bytes() == (out / file).read_bytes()
+
+
+def test_untrained_adapters_of_a_vision_tower_are_left_out_trained_ones_refused(tmp_path: Path) -> None:
+    """peft adapts every layer with the end of a name, the tower's too, which a run on texts leaves at zero."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import save_file
+
+    make_wrapped(tmp_path / "hub", WRAPPED["gemma3"])
+    base = converted(tmp_path / "hub")
+    torch.manual_seed(5)
+    model = get_peft_model(loaded(base), LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"])).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name and "language_model" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "peft")
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    tower = [name for name in load_file(path) if "vision_tower" in name and "lora_B" in name]
+    assert tower
+    (base / "tokenizer.json").write_text(TOKENIZER)
+    ours = imported(tmp_path / "peft", base, tmp_path / "ours")
+    with torch.no_grad():
+        assert (load_model(base, ours)(IDS) - logits_of(model, IDS)).abs().max() < 2e-5
+    save_file(load_file(path) | {tower[0]: torch.ones_like(load_file(path)[tower[0]])}, path)
+    with pytest.raises(InputError, match=r"vision_tower.* can have no adapter here; merge it with peft instead"):
+        imported(tmp_path / "peft", base, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("naming", ["model.", "language_model.model.", "model.language_model."])
+def test_adapters_of_every_naming_come_in(tmp_path: Path, naming: str) -> None:
+    """Of the text model alone, and of the whole in transformers before and since 4.52."""
+    from safetensors.torch import save_file
+
+    make_wrapped(tmp_path / "hub", WRAPPED["mistral3"])
+    base = converted(tmp_path / "hub")
+    expected = adapter_of(base, tmp_path / "adapter", lora_head=True)
+    out = exported(tmp_path / "adapter", tmp_path / "peft")
+    path = out / "adapter_model.safetensors"
+    renamed = {name.replace("model.language_model.", naming): tensor for name, tensor in load_file(path).items()}
+    if naming == "language_model.model.":
+        renamed = {name.replace(".lm_head.", ".language_model.lm_head."): tensor for name, tensor in renamed.items()}
+    save_file(renamed, path)
+    back = imported(out, base, tmp_path / "back")
+    with torch.no_grad():
+        assert torch.equal(load_model(base, back)(IDS), expected)
+    assert (with_peft(base, exported(back, tmp_path / "again")) - expected).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_the_text_model_leaves_alone_and_loads(tmp_path: Path, name: str) -> None:
+    """As it is, merged on the way, and merged before: with the text model's own config.json, every weight there."""
+    reference = make_wrapped(tmp_path / "hub", WRAPPED[name])
+    base = converted(tmp_path / "hub")
+    out = export_hf(ExportHFArgs(checkpoint_dir=str(base), out_dir=str(tmp_path / "out")))
+    assert torch.equal(logits_of(loaded(out), IDS), logits_of(reference, IDS))
+    assert not json.loads((out / "config.json").read_text()).keys() & {"text_config", "vision_config", "audio_config"}
+    expected = adapter_of(base, tmp_path / "adapter")
+    at_once = export_hf(ExportHFArgs(lora_path=str(tmp_path / "adapter"), out_dir=str(tmp_path / "at_once")))
+    assert (logits_of(loaded(at_once), IDS) - expected).abs().max() < 1e-4
+    merged = merge_checkpoint(MergeArgs(lora_path=str(tmp_path / "adapter"), out_dir=str(tmp_path / "merged")))
+    later = export_hf(ExportHFArgs(checkpoint_dir=str(merged), out_dir=str(tmp_path / "later")))
+    for file in ("config.json", "model.safetensors"):
+        assert (at_once / file).read_bytes() == (later / file).read_bytes()
+    with torch.no_grad():
+        assert torch.equal(load_model(converted(out))(IDS), load_model(base)(IDS))
+
+
+def test_an_adapter_of_a_merged_model_fits_what_that_is_exported_as(tmp_path: Path) -> None:
+    """The rest of the multimodal model is gone from it, and its config.json says so."""
+    make_wrapped(tmp_path / "hub", WRAPPED["gemma3"])
+    adapter_of(converted(tmp_path / "hub"), tmp_path / "first")
+    merged = merge_checkpoint(MergeArgs(lora_path=str(tmp_path / "first"), out_dir=str(tmp_path / "merged")))
+    expected = adapter_of(merged, tmp_path / "second")
+    whole = export_hf(ExportHFArgs(checkpoint_dir=str(merged), out_dir=str(tmp_path / "whole")))
+    assert (with_peft(whole, exported(tmp_path / "second", tmp_path / "peft")) - expected).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("kind", [".bin", ".safetensors"])
+@pytest.mark.parametrize(("name", "spelling"), SPELLINGS)
+def test_one_file_of_weights_is_named_as_the_bases_own(tmp_path: Path, name: str, spelling: str, kind: str) -> None:
+    """Beside the config.json of the base transformers finds the whole text model in it."""
+    reference = make_wrapped(tmp_path / "hub", WRAPPED[name], spelling)
+    original = load_file(tmp_path / "hub" / "model.safetensors")
+    base, out = converted(tmp_path / "hub"), tmp_path / "out" / ("model.safetensors" if kind != ".bin" else "x.bin")
+    convert_lit_checkpoint(ConvertLitArgs(checkpoint_path=str(base), output_path=str(out)))
+    weights = load_file(out) if kind == ".safetensors" else torch.load(out, weights_only=True)
+    assert all(torch.equal(tensor, original[name]) for name, tensor in weights.items())
+    assert sum("layers" in name for name in weights) > 10
+    if kind == ".safetensors":
+        (out.parent / "config.json").write_bytes((base / "config.json").read_bytes())
+        model, info = type(reference).from_pretrained(
+            out.parent, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+        )
+        assert not info["unexpected_keys"] and all(
+            any(part in name for part in ("vision", "audio", "projector", "connector", "newline"))
+            for name in info["missing_keys"]
+        )
+        assert torch.equal(logits_of(model.eval(), IDS), logits_of(reference, IDS))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "voxtral", "idefics3"])
+def test_a_conversion_is_verified_against_the_whole_model(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture
+) -> None:
+    make_wrapped(tmp_path, WRAPPED[name])
+    convert_verified(ConvertArgs(checkpoint_dir=str(tmp_path)))
+    assert "verified: 256 positions" in capsys.readouterr().out
+
+
+def test_silent_fields_of_a_text_config_mean_what_transformers_means() -> None:
+    from transformers import AutoConfig
+
+    named = [family for family in FAMILIES if family.defaults]
+    assert {family.name for family in named} >= {"Llama", "Mistral", "Qwen2", "Qwen3"}
+    for family in named:
+        config = AutoConfig.for_model(family.model_types[0])
+        assert family.defaults == {name: getattr(config, name) for name in family.defaults}
+
+
+# as published by llava-hf/llava-1.5-7b-hf and llava-hf/llava-v1.6-mistral-7b-hf: what differs from the defaults alone
+LLAVA = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "image_token_index": 32000,
+    "model_type": "llava",
+    "text_config": {
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "rms_norm_eps": 1e-05,
+        "torch_dtype": "float16",
+        "vocab_size": 32064,
+    },
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "vision_config": {"hidden_size": 1024, "model_type": "clip_vision_model", "num_hidden_layers": 24},
+}
+
+
+def test_a_published_config_with_silent_fields(tmp_path: Path) -> None:
+    config = find_family(LLAVA).read_config(LLAVA)
+    shape = (config.n_layer, config.n_embd, config.n_head, config.n_query_groups, config.intermediate_size)
+    assert shape == (32, 4096, 32, 32, 11008) and config.vocab_size == 32064 and not config.tie_embeddings
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"architectures": ["MllamaForConditionalGeneration"]}, "MllamaForConditionalGeneration.* is no known family"),
+        ({"architectures": ["PaliGemmaForConditionalGeneration"]}, "is no known family"),
+        ({"text_config": None}, "text_config is None, not the object that LlavaForConditionalGeneration needs"),
+        ({"text_config": {"model_type": "cohere"}}, "text_config has model_type 'cohere', no text model that is known"),
+        ({"text_config": {"model_type": "falcon"}}, "text_config has model_type 'falcon', no text model"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
+def test_what_is_no_wrapper_of_a_known_text_model_is_refused(change: dict, says: str) -> None:
+    content = LLAVA | change
+    with pytest.raises(InputError, match=says):
+        find_family(content).read_config(content)

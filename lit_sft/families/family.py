@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -225,13 +225,13 @@ class WeightNames:
             return wrapper.module + name.removeprefix(prefix)
         return name
 
-    def spelled_as(self, source: Iterable[str], hf_name: str) -> str:
+    def spelled_as(self, source: list[str], hf_name: str) -> str:
         """The name of a text model's weight in the files of the whole, which name their weights as in ``source``."""
         wrapper, prefix = self.family.wrapper, self.family.prefix
         if wrapper is None:
             return hf_name
-        named = [start for name in source for start in wrapper.prefixes if name.startswith(start)]
-        return wrapper.file_name(hf_name, prefix, next(iter(named), wrapper.prefixes[0]))
+        starts = (start for start in wrapper.prefixes if any(name.startswith(start) for name in source))
+        return wrapper.file_name(hf_name, prefix, next(starts, wrapper.prefixes[0]))
 
 
 def _name(target: Target) -> str:
