@@ -14,6 +14,7 @@ from lit_sft.convert import convert_checkpoint, source_weights
 from lit_sft.documents import read_json
 from lit_sft.errors import InputError, RunFailed
 from lit_sft.layout import HF_CONFIG, MANIFEST, resolve_checkpoint_dir
+from lit_sft.weight_files import adapter_note, choose_weights
 
 TOKENS = 256
 TOLERANCE = 1e-4
@@ -30,6 +31,7 @@ def convert_verified(args: ConvertArgs) -> Path:
     counting as unconverted.
     """
     directory = resolve_checkpoint_dir(args.checkpoint_dir)
+    _check_files(directory)
     hf_config = _config_of_transformers(directory)
     n_bytes = sum(4 * torch.Size(w.shape).numel() for w in source_weights(directory))
     free = _free_memory()
@@ -52,6 +54,17 @@ def convert_verified(args: ConvertArgs) -> Path:
         raise
     print(f"verified: {TOKENS} positions, logits up to {largest:.2g}, largest difference {difference:.1e}")
     return directory
+
+
+def _check_files(directory: Path) -> None:
+    """InputError where transformers would load other weights than are converted here."""
+    if passed := choose_weights(directory).passed:
+        raise InputError(
+            f"--verify: transformers would stop at {directory / passed[0].lead} ({passed[0].problem}); delete that "
+            "file, or leave --verify out"
+        )
+    if note := adapter_note(directory):
+        raise InputError(f"--verify: in {directory} {note}; move it away, or leave --verify out")
 
 
 def _config_of_transformers(directory: Path) -> Any:

@@ -85,7 +85,10 @@ def test_model_config_json(tmp_path: Path, content: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("index") / "raw")
+    """A checkpoint in one shard, which is read where an index says so."""
+    raw = make_checkpoint(tmp_path_factory.mktemp("index") / "raw")
+    (raw / "model.safetensors").rename(raw / "shard.safetensors")
+    return raw
 
 
 @settings(QUICK, max_examples=60)
@@ -93,7 +96,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content=SOUP
     | st.dictionaries(
         st.sampled_from(["lm_head.weight", "model.norm.weight", "x", ""]),
-        ANY | st.sampled_from(["model.safetensors", "../raw/model.safetensors", "lit_model.safetensors", "."]),
+        ANY | st.sampled_from(["shard.safetensors", "../raw/shard.safetensors", "lit_model.safetensors", "."]),
     ).map(lambda weight_map: json.dumps({"weight_map": weight_map}).encode())
 )
 def test_an_index(raw: Path, content: bytes) -> None:
@@ -102,7 +105,7 @@ def test_an_index(raw: Path, content: bytes) -> None:
     found = refuses_or_gives(path, content, lambda: source_weights(raw))
     if found is not None:
         names = {weight.name for weight in found}
-        assert names <= load_file(raw / "model.safetensors").keys() | load_file(raw / "lit_model.safetensors").keys()
+        assert names <= load_file(raw / "shard.safetensors").keys() | load_file(raw / "lit_model.safetensors").keys()
         assert all(Path(name).parent == Path() for name in json.loads(content)["weight_map"].values())
 
 

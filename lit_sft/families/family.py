@@ -145,6 +145,7 @@ class Family:
 
     def exported_config(self, hf_config: dict) -> dict:
         """The config.json of the weights under the names that are written: a multimodal model's text model alone."""
+        hf_config = {key: value for key, value in hf_config.items() if key != "transformers_weights"}  # a file's name
         if self.wrapper is None:
             return respell_rope(self.respell(hf_config))
         outer = {key: hf_config[key] for key in OF_THE_WHOLE if key in hf_config}
