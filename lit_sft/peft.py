@@ -56,6 +56,11 @@ def export_peft(args: ExportPeftArgs) -> Path:
     lora, tensors = read_adapter(args.lora_path, base)
     names, shapes = names_of(base)
     pairs = fuse(tensors, lora, names, shapes)
+    if names.family.wrapper and any(".experts." in name for name in pairs):
+        raise InputError(
+            f"peft finds no experts inside {names.family.wrapper.architecture} and would leave their adapters out; "
+            f"merge them instead: python scripts/export_hf.py --lora_path {args.lora_path} --out_dir DIR"
+        )
     config = _peft_config(pairs, lora, names, base)
     state = {f"{name}.lora_{k}.weight": t for name, pair in pairs.items() for k, t in (("A", pair.a), ("B", pair.b))}
     weights = [

@@ -26,6 +26,7 @@ from lit_sft.verify import convert_verified
 
 IDS = token_ids(40).clamp(max=156)  # the last ids stand for images
 SPELLINGS = [(name, spelling) for name, wrapped in WRAPPED.items() for spelling in wrapped.spellings]
+EXPERTS = ("internvl of qwen3-moe", "llava of mixtral")
 COMPLAINTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
@@ -87,13 +88,29 @@ def test_the_text_model_is_read_whatever_its_files_call_it(tmp_path: Path, name:
     assert torch.equal(logits_of(loaded(tmp_path), IDS), logits_of(reference, IDS))
 
 
+@pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl tied"])
+def test_a_config_of_before_text_config_was_nested(tmp_path: Path, name: str) -> None:
+    """As published: all fields side by side, and positions shared out under the old names."""
+    reference = make_wrapped(tmp_path, WRAPPED[name])
+    config = json.loads((tmp_path / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    scaling = {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    (tmp_path / "config.json").write_text(json.dumps(text | config | scaling))
+    assert torch.equal(logits_of(loaded(tmp_path), IDS), logits_of(reference, IDS))
+    with torch.no_grad():
+        assert (load_model(converted(tmp_path))(IDS) - logits_of(reference, IDS)).abs().max() < 1e-5
+    out = export_hf(ExportHFArgs(checkpoint_dir=str(tmp_path), out_dir=str(tmp_path / "out")))
+    assert (logits_of(loaded(out), IDS) - logits_of(reference, IDS)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize(("name", "spelling"), SPELLINGS)
 def test_an_adapter_is_loaded_by_peft_beside_its_own_base(tmp_path: Path, name: str, spelling: str, head: bool) -> None:
     """And comes back bit by bit, and leaves again under the same names."""
     make_wrapped(tmp_path / "hub", WRAPPED[name], spelling)
     base = converted(tmp_path / "hub")
-    expected = adapter_of(base, tmp_path / "adapter", lora_head=head)
+    expected = adapter_of(base, tmp_path / "adapter", lora_head=head, lora_mlp=name not in EXPERTS)
     out = exported(tmp_path / "adapter", tmp_path / "peft")
     assert (expected - logits_of(loaded(base), IDS)).abs().max() > 1e-2
     assert (with_peft(base, out) - expected).abs().max() < 2e-5
@@ -102,6 +119,16 @@ def test_an_adapter_is_loaded_by_peft_beside_its_own_base(tmp_path: Path, name: 
     again = exported(back, tmp_path / "again")
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (again / file).read_bytes() == (out / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_adapters_of_experts_in_a_wrapper_are_refused(tmp_path: Path, name: str) -> None:
+    """peft makes those of today's stacked experts of them, but only where the whole model is one of experts."""
+    make_wrapped(tmp_path / "hub", WRAPPED[name])
+    adapter_of(converted(tmp_path / "hub"), tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"finds no experts inside \w+ForConditionalGeneration.* merge .*export_hf.py"):
+        exported(tmp_path / "adapter", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
 
 
 def test_untrained_adapters_of_a_vision_tower_are_left_out_trained_ones_refused(tmp_path: Path) -> None:
@@ -197,7 +224,7 @@ def test_one_file_of_weights_is_named_as_the_bases_own(tmp_path: Path, name: str
             out.parent, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
         )
         assert not info["unexpected_keys"] and all(
-            any(part in name for part in ("vision", "audio", "projector", "connector", "newline"))
+            any(part in name for part in ("vision", "visual", "audio", "projector", "connector", "newline"))
             for name in info["missing_keys"]
         )
         assert torch.equal(logits_of(model.eval(), IDS), logits_of(reference, IDS))

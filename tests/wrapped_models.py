@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from family_variants import GEMMA3, QWEN3, SHAPE, gemma3_rope
+from family_variants import GEMMA3, MOE, QWEN3, SHAPE, gemma3_rope
 
 VISION = {
     "hidden_size": 32,
@@ -18,8 +18,12 @@ CLIP = {"vision_config": VISION | {"model_type": "clip_vision_model", "projectio
 SIGLIP = {"vision_config": VISION | {"model_type": "siglip_vision_model"}, "image_token_index": 157}
 INTERN = {"vision_config": VISION | {"image_size": [28, 28], "patch_size": [14, 14]}, "image_token_id": 157}
 SOUND = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+DEPTH = {"depth": 1, "num_heads": 2}
+QWEN_TOWER = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
 GROUPED = {"num_key_value_heads": 2}
 OLD, NEW = "language_model.model.", "model.language_model."
+QWEN = ("model.", NEW)
+MROPE = GROUPED | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}}
 
 
 @dataclass
@@ -66,8 +70,23 @@ WRAPPED = {
     ),
     "vipllava": Wrapped("VipLlava", text("llama"), CLIP | {"vision_feature_layers": [-1]}),
     "internvl of qwen3": Wrapped("InternVL", text("qwen3", **QWEN3), INTERN | {"tie_word_embeddings": False}),
+    "internvl of qwen3-moe": Wrapped(
+        "InternVL", text("qwen3_moe", **MOE, norm_topk_prob=True), INTERN | {"tie_word_embeddings": False}
+    ),
+    "llava of mixtral": Wrapped("Llava", text("mixtral", num_local_experts=4, sliding_window=None), CLIP),
     "internvl of qwen2": Wrapped("InternVL", text("qwen2"), INTERN | {"tie_word_embeddings": False}),
     "voxtral": Wrapped("Voxtral", text("llama"), {"audio_config": SOUND}, (OLD,)),
+    "qwen2-vl": Wrapped("Qwen2VL", MROPE, {"vision_config": {**DEPTH, "hidden_size": 64, "embed_dim": 32}}, QWEN),
+    "qwen2.5-vl": Wrapped("Qwen2_5_VL", MROPE, {"vision_config": {**DEPTH, **QWEN_TOWER}}, QWEN),
+    "qwen2.5-vl tied": Wrapped(
+        "Qwen2_5_VL", MROPE, {"vision_config": {**DEPTH, **QWEN_TOWER}, "tie_word_embeddings": True}, QWEN
+    ),
+    "qwen3-vl": Wrapped(
+        "Qwen3VL",
+        QWEN3 | {"rope_parameters": MROPE["rope_parameters"] | {"mrope_section": [4, 4, 4], "mrope_interleaved": True}},
+        {"vision_config": {**DEPTH, **QWEN_TOWER, "deepstack_visual_indexes": [0]}},
+        (NEW,),
+    ),
     "idefics3": Wrapped(
         "Idefics3", text("llama"), {"vision_config": VISION, "image_token_id": 157}, ("model.text_model.",)
     ),
@@ -94,7 +113,7 @@ def make_wrapped(directory: Path, wrapped: Wrapped, spelling: str | None = None,
     path, saved = directory / "model.safetensors", wrapped.spellings[0]
     weights = load_file(path)
     assert any(name.startswith(saved) for name in weights)
-    if spelling == NEW:
+    if spelling == NEW != saved:
         weights = {_newer(name): tensor for name, tensor in weights.items()}
         save_file(weights, path, {"format": "pt"})
     return model
@@ -104,4 +123,8 @@ def _newer(name: str) -> str:
     """The name of a weight as the modules are named since transformers 4.52."""
     if name.startswith(OLD):
         return NEW + name.removeprefix(OLD)
+    if name.startswith("model."):
+        return NEW + name.removeprefix("model.")
+    if name == "lm_head.weight":
+        return name
     return name.removeprefix("language_model.") if ".lm_head." in name else "model." + name

@@ -21,7 +21,7 @@ from lit_sft.families import (
     stablelm,
     stablelm_alpha,
 )
-from lit_sft.families.family import Family, Wrapper
+from lit_sft.families.family import Family
 from lit_sft.families.wrappers import WRAPPERS
 
 FAMILIES = (
@@ -54,7 +54,7 @@ def find_family(hf_config: dict) -> Family:
         raise InputError(f"config.json: architectures is {architectures!r:.99}, not a list of names")
     for wrapper in WRAPPERS:
         if wrapper.architecture in architectures or (not architectures and model_type == wrapper.model_type):
-            return replace(_text_family(wrapper, hf_config.get("text_config")), wrapper=wrapper)
+            return replace(_text_family(wrapper.text_of(hf_config)["model_type"]), wrapper=wrapper)
     for family in FAMILIES:
         if any(name in family.architectures for name in architectures):
             return family
@@ -68,11 +68,8 @@ def find_family(hf_config: dict) -> Family:
     )
 
 
-def _text_family(wrapper: Wrapper, text: object) -> Family:
-    """The family of a wrapper's text model; InputError when it is none that lies in a wrapper."""
-    if not isinstance(text, dict):
-        raise InputError(f"config.json: text_config is {text!r:.99}, not the object that {wrapper.architecture} needs")
-    kind = text.get("model_type", wrapper.text_model_type)
+def _text_family(kind: object) -> Family:
+    """The family of a text model in a wrapper, by its ``model_type``; InputError when it is none that is known so."""
     for family in FAMILIES:
         if kind in family.model_types and family.prefix == "model.":
             return family

@@ -63,9 +63,28 @@ class Wrapper:
     prefixes: tuple[str, ...] = ("language_model.model.", "model.language_model.", "language_model.")
     """What the text model's weights are named by in files, instead of the family's prefix."""
     others: str = (
-        r"(model\.)?(vision_tower|vision_model|audio_tower|multi_modal_projector|connector|image_newline)(\..*)?"
+        r"(model\.)?(vision_tower|vision_model|visual|audio_tower|multi_modal_projector|connector|image_newline)(\..*)?"
     )
     """Regular expression of the names of all other weights and modules."""
+    same_as: str | None = None
+    """The ``model_type`` that computes the same without images, of a text model with a name of its own."""
+
+    def text_of(self, hf_config: dict) -> dict:
+        """The fields of the text model, as its own config.json would have them; InputError when there are none.
+
+        Where ``same_as`` says so they may lie among the wrapper's, as in older files; positions that images would share
+        out among a head's dimensions (mrope) are all the same in texts.
+        """
+        text = hf_config.get("text_config")
+        if text is None and self.same_as:
+            text = {key: value for key, value in hf_config.items() if key not in OTHER_CONFIGS}
+        if not isinstance(text, dict):
+            raise InputError(f"config.json: text_config is {text!r:.99}, not the object that {self.architecture} needs")
+        kind = self.same_as or text.get("model_type", self.text_model_type)
+        ropes = {
+            name: _without_sections(text[name]) for name in ROPES if self.same_as and isinstance(text.get(name), dict)
+        }
+        return text | ropes | {"model_type": kind}
 
     def text_name(self, name: str, prefix: str) -> str:
         """The name that a weight or module of the text model has in the text model alone, whose prefix is ``prefix``.
@@ -140,8 +159,9 @@ class Family:
         """The fields that say what the text model computes."""
         if self.wrapper is None:
             return text_config(hf_config)
-        outer = {key: value for key, value in hf_config.items() if key not in OTHER_CONFIGS}
-        return text_config(outer | {"text_config": self.defaults | hf_config["text_config"]})
+        outer = {key: value for key, value in hf_config.items() if key not in OTHER_CONFIGS and key not in ROPES}
+        silent = {} if self.wrapper.same_as else self.defaults
+        return text_config(outer | {"text_config": silent | self.wrapper.text_of(hf_config)})
 
     def exported_config(self, hf_config: dict) -> dict:
         """The config.json of the weights under the names that are written: a multimodal model's text model alone."""
@@ -149,7 +169,7 @@ class Family:
         if self.wrapper is None:
             return respell_rope(self.respell(hf_config))
         outer = {key: hf_config[key] for key in OF_THE_WHOLE if key in hf_config}
-        text = text_config(outer | {"text_config": hf_config["text_config"]})
+        text = text_config(outer | {"text_config": self.wrapper.text_of(hf_config)})
         return respell_rope(text) | {"architectures": [self.architectures[0]], "model_type": self.model_types[0]}
 
     def names(self, config: ModelConfig) -> WeightNames:
@@ -157,7 +177,14 @@ class Family:
         return WeightNames(self, config)
 
 
+def _without_sections(rope: dict) -> dict:
+    """Rotary fields without the shares of a head's dimensions that positions in images have."""
+    kept = {key: value for key, value in rope.items() if key not in ("mrope_section", "mrope_interleaved")}
+    return {key: "default" if value == "mrope" else value for key, value in kept.items()}
+
+
 OTHER_CONFIGS = ("vision_config", "audio_config")
+ROPES = ("rope_scaling", "rope_parameters")
 OF_THE_WHOLE = (
     *("bos_token_id", "eos_token_id", "pad_token_id"),
     *("tie_word_embeddings", "dtype", "torch_dtype", "transformers_version"),

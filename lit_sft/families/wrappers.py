@@ -8,6 +8,7 @@ ahead, and Llama 3.2 Vision, which has layers of its own among those of the text
 from lit_sft.families.family import Wrapper
 
 TEXT_MODEL = {"module": "model.text_model.", "prefixes": ("model.text_model.",)}
+QWEN = ("model.language_model.", "model.")
 
 WRAPPERS = (
     Wrapper("Gemma3ForConditionalGeneration", "gemma3", "gemma3_text"),
@@ -20,4 +21,7 @@ WRAPPERS = (
     Wrapper("VoxtralForConditionalGeneration", "voxtral", "llama"),
     Wrapper("Idefics3ForConditionalGeneration", "idefics3", "llama", **TEXT_MODEL),
     Wrapper("SmolVLMForConditionalGeneration", "smolvlm", "llama", **TEXT_MODEL),
+    Wrapper("Qwen2VLForConditionalGeneration", "qwen2_vl", "qwen2_vl_text", prefixes=QWEN, same_as="qwen2"),
+    Wrapper("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "qwen2_5_vl_text", prefixes=QWEN, same_as="qwen2"),
+    Wrapper("Qwen3VLForConditionalGeneration", "qwen3_vl", "qwen3_vl_text", prefixes=QWEN, same_as="qwen3"),
 )
