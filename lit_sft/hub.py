@@ -87,8 +87,8 @@ def download(args: DownloadArgs) -> Path:
         with lock(directory):
             _settle(directory, record, plan, commit, args)
             _fetch(directory, plan, commit, args, token)
-            if more := [name for name in _missing(directory, _read_record(directory)) if name in present]:
-                plan |= _facts(present, more)  # shards that the index, now here, calls otherwise than most do
+            if more := [name for name in _shards_in_plan(directory, plan) if name in present.keys() - plan.keys()]:
+                plan |= _facts(present, more)  # the index, now here, calls them otherwise than most do
                 _settle(directory, _read_record(directory), plan, commit, args)
                 _fetch(directory, plan, commit, args, token)
             if lacks := _missing(directory, _read_record(directory)):
@@ -242,6 +242,18 @@ def _missing(directory: Path, record: dict) -> list[str]:
         lacks.add(f"a readable {HF_CONFIG}")
     lacks |= {HF_CONFIG} - here | (set() if here & {*TOKENIZERS} else {" or ".join(TOKENIZERS)})
     return sorted(lacks)
+
+
+def _shards_in_plan(directory: Path, plan: dict[str, dict]) -> list[str]:
+    """The shards that a downloaded index names, plain names only."""
+    index = next((name for name in SHARDS if name in plan), None)
+    if index is None:
+        return []
+    try:
+        named = {*json.loads((directory / index).read_text())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
+    return sorted(name for name in named if isinstance(name, str) and Path(name).name == name)
 
 
 def _explain(error: Exception, args: DownloadArgs, token: str) -> tuple[str, bool]:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_families import logits_of, token_ids
 from test_lora import filled_adapter
 from test_peft import TOKENIZER
-from wrapped_models import WRAPPED, make_wrapped
+from wrapped_models import OLD, WRAPPED, make_wrapped
 
 from lit_sft import load_model
 from lit_sft.args import ConvertArgs, ConvertLitArgs, ExportHFArgs, ExportPeftArgs, ImportPeftArgs, LoRAArgs, MergeArgs
@@ -88,6 +88,33 @@ def test_the_text_model_is_read_whatever_its_files_call_it(tmp_path: Path, name:
     assert torch.equal(logits_of(loaded(tmp_path), IDS), logits_of(reference, IDS))
 
 
+@pytest.mark.parametrize("name", ["llava onevision of qwen2, tied", "qwen2.5-vl tied"])
+def test_a_head_that_the_text_config_alone_ties(tmp_path: Path, name: str) -> None:
+    """As files of before transformers 5 have it."""
+    reference = make_wrapped(tmp_path, WRAPPED[name])
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
+    config["text_config"]["tie_word_embeddings"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits_of(loaded(tmp_path), IDS), logits_of(reference, IDS))
+    with torch.no_grad():
+        assert (load_model(converted(tmp_path))(IDS) - logits_of(reference, IDS)).abs().max() < 1e-5
+    out = export_hf(ExportHFArgs(checkpoint_dir=str(tmp_path), out_dir=str(tmp_path / "out")))
+    assert torch.equal(logits_of(loaded(out), IDS), logits_of(reference, IDS))
+
+
+def test_files_of_the_base_model_alone(tmp_path: Path) -> None:
+    """What the class without a head saved in transformers 4: the head is the embedding."""
+    reference = make_wrapped(tmp_path, WRAPPED["gemma3"])
+    path = tmp_path / "model.safetensors"
+    save_file({name.replace(OLD, "language_model."): w for name, w in load_file(path).items()}, path, {"format": "pt"})
+    assert torch.equal(logits_of(loaded(tmp_path), IDS), logits_of(reference, IDS))
+    base = converted(tmp_path)
+    expected = adapter_of(base, tmp_path / "adapter")
+    with torch.no_grad():
+        assert (load_model(base)(IDS) - logits_of(reference, IDS)).abs().max() < 1e-5
+    assert (with_peft(base, exported(tmp_path / "adapter", tmp_path / "peft")) - expected).abs().max() < 2e-5
+
+
 @pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl tied"])
 def test_a_config_of_before_text_config_was_nested(tmp_path: Path, name: str) -> None:
     """As published: all fields side by side, and positions shared out under the old names."""
@@ -134,7 +161,6 @@ def test_adapters_of_experts_in_a_wrapper_are_refused(tmp_path: Path, name: str)
 def test_untrained_adapters_of_a_vision_tower_are_left_out_trained_ones_refused(tmp_path: Path) -> None:
     """peft adapts every layer with the end of a name, the tower's too, which a run on texts leaves at zero."""
     from peft import LoraConfig, get_peft_model
-    from safetensors.torch import save_file
 
     make_wrapped(tmp_path / "hub", WRAPPED["gemma3"])
     base = converted(tmp_path / "hub")
@@ -161,8 +187,6 @@ def test_untrained_adapters_of_a_vision_tower_are_left_out_trained_ones_refused(
 @pytest.mark.parametrize("naming", ["model.", "language_model.model.", "model.language_model."])
 def test_adapters_of_every_naming_come_in(tmp_path: Path, naming: str) -> None:
     """Of the text model alone, and of the whole in transformers before and since 4.52."""
-    from safetensors.torch import save_file
-
     make_wrapped(tmp_path / "hub", WRAPPED["mistral3"])
     base = converted(tmp_path / "hub")
     expected = adapter_of(base, tmp_path / "adapter", lora_head=True)

@@ -11,6 +11,7 @@ from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError
 from lit_sft.families.fields import Fields
 from lit_sft.families.rotary import respell_rope
+from lit_sft.families.wrappers import Wrapper
 
 if TYPE_CHECKING:  # the list of repositories is read without torch
     from torch import Tensor
@@ -46,64 +47,6 @@ class Stacked:
 
 
 Target = str | Fused | Stacked
-
-
-@dataclass(frozen=True)
-class Wrapper:
-    """A multimodal architecture around a text model; the rest of it, for images or sounds, is not read."""
-
-    architecture: str
-    """Its name in config.json's ``architectures``."""
-    model_type: str
-    """Its name in config.json's ``model_type``."""
-    text_model_type: str
-    """The ``model_type`` of a ``text_config`` that names none."""
-    module: str = "model.language_model."
-    """Where transformers 5 keeps the modules of the text model; the head is ``lm_head``."""
-    prefixes: tuple[str, ...] = ("language_model.model.", "model.language_model.", "language_model.")
-    """What the text model's weights are named by in files, instead of the family's prefix."""
-    others: str = (
-        r"(model\.)?(vision_tower|vision_model|visual|audio_tower|multi_modal_projector|connector|image_newline)(\..*)?"
-    )
-    """Regular expression of the names of all other weights and modules."""
-    same_as: str | None = None
-    """The ``model_type`` that computes the same without images, of a text model with a name of its own."""
-
-    def text_of(self, hf_config: dict) -> dict:
-        """The fields of the text model, as its own config.json would have them; InputError when there are none.
-
-        Where ``same_as`` says so they may lie among the wrapper's, as in older files; positions that images would share
-        out among a head's dimensions (mrope) are all the same in texts.
-        """
-        text = hf_config.get("text_config")
-        if text is None and self.same_as:
-            text = {key: value for key, value in hf_config.items() if key not in OTHER_CONFIGS}
-        if not isinstance(text, dict):
-            raise InputError(f"config.json: text_config is {text!r:.99}, not the object that {self.architecture} needs")
-        kind = self.same_as or text.get("model_type", self.text_model_type)
-        ropes = {
-            name: _without_sections(text[name]) for name in ROPES if self.same_as and isinstance(text.get(name), dict)
-        }
-        return text | ropes | {"model_type": kind}
-
-    def text_name(self, name: str, prefix: str) -> str:
-        """The name that a weight or module of the text model has in the text model alone, whose prefix is ``prefix``.
-
-        A name that is none of the text model's is given back as it is.
-        """
-        head = name.removeprefix("language_model.")
-        if head.startswith("lm_head."):
-            return head
-        for start in self.prefixes:
-            if name.startswith(start):
-                return prefix + name.removeprefix(start)
-        return name
-
-    def file_name(self, text_name: str, prefix: str, start: str) -> str:
-        """The way back: the name in a file that names the text model's weights by ``start``."""
-        if text_name.startswith(prefix):
-            return start + text_name.removeprefix(prefix)
-        return "language_model." + text_name if start == "language_model.model." else text_name
 
 
 @dataclass(frozen=True)
@@ -159,16 +102,16 @@ class Family:
         """The fields that say what the text model computes."""
         if self.wrapper is None:
             return text_config(hf_config)
-        outer = {key: value for key, value in hf_config.items() if key not in OTHER_CONFIGS and key not in ROPES}
         silent = {} if self.wrapper.same_as else self.defaults
-        return text_config(outer | {"text_config": silent | self.wrapper.text_of(hf_config)})
+        text = silent | self.wrapper.text_of(hf_config)
+        return text_config(self.wrapper.outer_of(hf_config) | {"text_config": text})
 
     def exported_config(self, hf_config: dict) -> dict:
         """The config.json of the weights under the names that are written: a multimodal model's text model alone."""
         hf_config = {key: value for key, value in hf_config.items() if key != "transformers_weights"}  # a file's name
         if self.wrapper is None:
             return respell_rope(self.respell(hf_config))
-        outer = {key: hf_config[key] for key in OF_THE_WHOLE if key in hf_config}
+        outer = {key: value for key, value in self.wrapper.outer_of(hf_config).items() if key in OF_THE_WHOLE}
         text = text_config(outer | {"text_config": self.wrapper.text_of(hf_config)})
         return respell_rope(text) | {"architectures": [self.architectures[0]], "model_type": self.model_types[0]}
 
@@ -177,14 +120,6 @@ class Family:
         return WeightNames(self, config)
 
 
-def _without_sections(rope: dict) -> dict:
-    """Rotary fields without the shares of a head's dimensions that positions in images have."""
-    kept = {key: value for key, value in rope.items() if key not in ("mrope_section", "mrope_interleaved")}
-    return {key: "default" if value == "mrope" else value for key, value in kept.items()}
-
-
-OTHER_CONFIGS = ("vision_config", "audio_config")
-ROPES = ("rope_scaling", "rope_parameters")
 OF_THE_WHOLE = (
     *("bos_token_id", "eos_token_id", "pad_token_id"),
     *("tie_word_embeddings", "dtype", "torch_dtype", "transformers_version"),
