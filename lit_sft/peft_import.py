@@ -26,6 +26,7 @@ from lit_sft.samples import default_style, stop_ids
 from lit_sft.tokenizer import Tokenizer
 from lit_sft.weights import Weight
 
+PEFT_PICKLE = "adapter_model.bin"
 # fields that say nothing about what a finished adapter computes, or are read here
 KNOWN = {
     "task_type",
@@ -142,9 +143,11 @@ def _of(config: dict, field: str, default: str) -> Callable[[str], int | float]:
 
 def _read_factors(folder: Path, base: Path, names: WeightNames) -> dict[str, tuple[Tensor, Tensor]]:
     """The Hub's layer → its A and B, in fp32 or better."""
-    path = next((p for p in (folder / PEFT_WEIGHTS, folder / "adapter_model.bin") if p.is_file()), None)
+    path = next((p for p in (folder / PEFT_WEIGHTS, folder / PEFT_PICKLE) if p.is_file()), None)
     if path is None:
         raise InputError(f"{folder} holds no {PEFT_WEIGHTS}; give the folder that peft saved")
+    if path.name == PEFT_WEIGHTS and (folder / PEFT_PICKLE).is_file():
+        print(f"notice: {folder}: {PEFT_WEIGHTS} is read, as by peft; {PEFT_PICKLE} is ignored")
     found: dict[str, dict[str, Tensor]] = {}
     for weight in open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path):
         if _is_of_base(weight, base, names):

@@ -221,6 +221,19 @@ def test_a_pickled_adapter_is_read(tmp_path: Path) -> None:
     assert json.loads((adapter / "adapter_config.json").read_text())["prompt_style"] == "chat-template"
 
 
+def test_of_two_files_the_one_that_peft_reads_is_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    reference, base = base_of(tmp_path / "hub", "llama grouped-query")
+    saved_by_peft(reference, tmp_path / "peft", target_modules=["v_proj"])
+    weights = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    torch.save({name: w + 1 for name, w in weights.items()}, tmp_path / "peft" / "adapter_model.bin")
+    (base / "tokenizer.json").write_text(TOKENIZER)
+    adapter = imported(tmp_path / "peft", base, tmp_path / "ours", prompt_style="plain")
+    assert "adapter_model.safetensors is read, as by peft; adapter_model.bin is ignored" in capsys.readouterr().out
+    there = with_peft(make_reference(tmp_path / "again", VARIANTS["llama grouped-query"]), tmp_path / "peft")
+    with torch.no_grad():
+        assert (load_model(base, adapter)(IDS) - there).abs().max() < 2e-5
+
+
 REFUSED = {
     "DoRA": ({"use_dora": True}, "use_dora = True"),
     "saved modules": ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),

@@ -61,8 +61,19 @@ def read_config(path: Path) -> ModelConfig:
     return find_family(content).read_config(content)
 
 
+TEXT = {key: value for key, value in HF_CONFIG.items() if key != "architectures"}
+WRAPPED = {
+    "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": TEXT,
+    "vision_config": {"hidden_size": 32}, "tie_word_embeddings": False,
+}  # fmt: skip
+SIDE_BY_SIDE = TEXT | {
+    "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl", "vision_config": {"depth": 1},
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "attention_bias": None,
+}  # fmt: skip
+
+
 @QUICK
-@given(content=damaged(HF_CONFIG))
+@given(content=damaged(HF_CONFIG) | damaged(WRAPPED) | damaged({**WRAPPED, **TEXT}) | damaged(SIDE_BY_SIDE))
 def test_config_json(tmp_path: Path, content: bytes) -> None:
     """What is accepted is a model whose sizes are positive and bounded."""
     path = tmp_path / "config.json"

@@ -221,6 +221,17 @@ def test_the_text_model_leaves_alone_and_loads(tmp_path: Path, name: str) -> Non
         assert torch.equal(load_model(converted(out))(IDS), load_model(base)(IDS))
 
 
+def test_an_adapter_can_leave_for_the_text_model_alone(tmp_path: Path) -> None:
+    """Its weights are the same, so that the adapter's base may be either."""
+    make_wrapped(tmp_path / "hub", WRAPPED["gemma3"])
+    base = converted(tmp_path / "hub")
+    expected = adapter_of(base, tmp_path / "adapter")
+    alone = converted(export_hf(ExportHFArgs(checkpoint_dir=str(base), out_dir=str(tmp_path / "alone"))))
+    args = {"lora_path": str(tmp_path / "adapter"), "checkpoint_dir": str(alone), "out_dir": str(tmp_path / "peft")}
+    out = export_peft(ExportPeftArgs(**args))
+    assert (with_peft(alone, out) - expected).abs().max() < 2e-5
+
+
 def test_an_adapter_of_a_merged_model_fits_what_that_is_exported_as(tmp_path: Path) -> None:
     """The rest of the multimodal model is gone from it, and its config.json says so."""
     make_wrapped(tmp_path / "hub", WRAPPED["gemma3"])
