@@ -76,6 +76,7 @@ def import_peft(args: ImportPeftArgs) -> Path:
     config = read_json(folder / PEFT_CONFIG)
     _check(config, folder / PEFT_CONFIG)
     names, shapes = names_of(base)
+    names = names.in_any_wrapper()  # an adapter of the whole model fits the text model alone
     ranks, alphas = _of(config, "rank_pattern", "r"), _of(config, "alpha_pattern", "lora_alpha")
     pairs: dict[str, Pair] = {}
     for name, (a, b) in _read_factors(folder, base, names).items():

@@ -184,9 +184,10 @@ def test_untrained_adapters_of_a_vision_tower_are_left_out_trained_ones_refused(
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("naming", ["model.", "language_model.model.", "model.language_model."])
-def test_adapters_of_every_naming_come_in(tmp_path: Path, naming: str) -> None:
-    """Of the text model alone, and of the whole in transformers before and since 4.52."""
+def test_adapters_of_every_naming_come_in(tmp_path: Path, naming: str, alone: bool) -> None:
+    """Of the text model alone, and of the whole in transformers before and since 4.52; to the whole and to the text."""
     make_wrapped(tmp_path / "hub", WRAPPED["mistral3"])
     base = converted(tmp_path / "hub")
     expected = adapter_of(base, tmp_path / "adapter", lora_head=True)
@@ -196,6 +197,8 @@ def test_adapters_of_every_naming_come_in(tmp_path: Path, naming: str) -> None:
     if naming == "language_model.model.":
         renamed = {name.replace(".lm_head.", ".language_model.lm_head."): tensor for name, tensor in renamed.items()}
     save_file(renamed, path)
+    if alone:
+        base = converted(export_hf(ExportHFArgs(checkpoint_dir=str(base), out_dir=str(tmp_path / "alone"))))
     back = imported(out, base, tmp_path / "back")
     with torch.no_grad():
         assert torch.equal(load_model(base, back)(IDS), expected)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError
 from lit_sft.families.fields import Fields
 from lit_sft.families.rotary import respell_rope
-from lit_sft.families.wrappers import Wrapper
+from lit_sft.families.wrappers import ANY, Wrapper
 
 if TYPE_CHECKING:  # the list of repositories is read without torch
     from torch import Tensor
@@ -166,6 +166,12 @@ class WeightNames:
         """Whether a weight or module is of a multimodal model's rest, which is not read."""
         wrapper = self.family.wrapper
         return wrapper is not None and re.fullmatch(wrapper.others, hf_name) is not None
+
+    def in_any_wrapper(self) -> WeightNames:
+        """These names, and those that the weights have in a multimodal model."""
+        if self.family.wrapper or self.family.prefix != "model.":
+            return self
+        return WeightNames(replace(self.family, wrapper=ANY), self.config)
 
     def source(self, lit_name: str) -> tuple[str, Target, list[str]]:
         """Where one of our weights goes on the Hub: the name with ``{}`` for numbers, what it is, the numbers."""

@@ -104,3 +104,5 @@ WRAPPERS = (
     Wrapper("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "qwen2_5_vl_text", same_as="qwen2", **QWEN),
     Wrapper("Qwen3VLForConditionalGeneration", "qwen3_vl", "qwen3_vl_text", prefixes=QWEN["prefixes"], same_as="qwen3"),
 )
+ANY = Wrapper("", "", "", prefixes=("language_model.model.", "model.language_model.", "model.text_model."))
+"""Of whatever wrapper a text model may have been in, where only names are known."""
