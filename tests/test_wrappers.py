@@ -262,7 +262,7 @@ def test_one_file_of_weights_is_named_as_the_bases_own(tmp_path: Path, name: str
             out.parent, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
         )
         assert not info["unexpected_keys"] and all(
-            any(part in name for part in ("vision", "visual", "audio", "projector", "connector", "newline"))
+            any(part in name for part in ("vision", "visual", "tower", "projector", "connector", "aligner", "newline"))
             for name in info["missing_keys"]
         )
         assert torch.equal(logits_of(model.eval(), IDS), logits_of(reference, IDS))

@@ -18,6 +18,10 @@ CLIP = {"vision_config": VISION | {"model_type": "clip_vision_model", "projectio
 SIGLIP = {"vision_config": VISION | {"model_type": "siglip_vision_model"}, "image_token_index": 157}
 INTERN = {"vision_config": VISION | {"image_size": [28, 28], "patch_size": [14, 14]}, "image_token_id": 157}
 SOUND = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+SAM = {"hidden_size": 32, "output_channels": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64}
+SAM |= {"global_attn_indexes": [0], "mlp_dim": 48}
+PERCEIVER = {"hidden_size": 64, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2}
+PERCEIVER |= {"resampler_head_dim": 16, "num_key_value_heads": 2}
 DEPTH = {"depth": 1, "num_heads": 2}
 QWEN_TOWER = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
 GROUPED = {"num_key_value_heads": 2}
@@ -64,6 +68,16 @@ WRAPPED = {
     "llava of llama": Wrapped("Llava", text("llama"), CLIP),
     "llava of phi3": Wrapped("Llava", text("phi3"), CLIP),
     "llava next of mistral": Wrapped("LlavaNext", text("mistral", sliding_window=None), CLIP),
+    "llava next video": Wrapped("LlavaNextVideo", text("llama"), CLIP),
+    "video llava": Wrapped("VideoLlava", text("llama"), CLIP | {"video_token_index": 158}),
+    "got ocr 2": Wrapped(
+        "GotOcr2",
+        text("qwen2"),
+        {"vision_config": SAM, "image_token_index": 157, "tie_word_embeddings": False},
+    ),
+    "deepseek vl": Wrapped(
+        "DeepseekVL", text("llama"), {"vision_config": VISION, "tie_word_embeddings": False}, (NEW,)
+    ),
     "llava onevision of qwen2": Wrapped("LlavaOnevision", text("qwen2"), SIGLIP),
     "llava onevision of qwen2, tied": Wrapped(
         "LlavaOnevision", text("qwen2", tie_word_embeddings=True), SIGLIP | {"tie_word_embeddings": True}
@@ -86,6 +100,12 @@ WRAPPED = {
         QWEN3 | {"rope_parameters": MROPE["rope_parameters"] | {"mrope_section": [4, 4, 4], "mrope_interleaved": True}},
         {"vision_config": {**DEPTH, **QWEN_TOWER, "deepstack_visual_indexes": [0]}},
         (NEW,),
+    ),
+    "idefics2": Wrapped(
+        "Idefics2",
+        text("mistral", sliding_window=None),
+        {"vision_config": VISION, "image_token_id": 157, "perceiver_config": PERCEIVER},
+        ("model.text_model.",),
     ),
     "idefics3": Wrapped(
         "Idefics3", text("llama"), {"vision_config": VISION, "image_token_id": 157}, ("model.text_model.",)

@@ -28,7 +28,8 @@ class Wrapper:
     prefixes: tuple[str, ...] = ("language_model.model.", "model.language_model.", "language_model.")
     """What the text model's weights are named by in files, instead of the family's prefix."""
     others: str = (
-        r"(model\.)?(vision_tower|vision_model|visual|audio_tower|multi_modal_projector|connector|image_newline)(\..*)?"
+        r"(model\.)?((vision|image|video|audio)_tower|vision_model|visual|multi_modal_projector|connector|aligner|"
+        r"image_newline)(\..*)?"
     )
     """Regular expression of the names of all other weights and modules."""
     same_as: str | None = None
@@ -94,10 +95,15 @@ WRAPPERS = (
     Wrapper("Mistral3ForConditionalGeneration", "mistral3", "mistral"),
     Wrapper("LlavaForConditionalGeneration", "llava", "llama", ties_as_text=True),
     Wrapper("LlavaNextForConditionalGeneration", "llava_next", "llama"),
+    Wrapper("LlavaNextVideoForConditionalGeneration", "llava_next_video", "llama"),
+    Wrapper("VideoLlavaForConditionalGeneration", "video_llava", "llama"),
     Wrapper("LlavaOnevisionForConditionalGeneration", "llava_onevision", "qwen2", ties_as_text=True),
     Wrapper("VipLlavaForConditionalGeneration", "vipllava", "llama"),
     Wrapper("InternVLForConditionalGeneration", "internvl", "qwen2"),
+    Wrapper("GotOcr2ForConditionalGeneration", "got_ocr2", "qwen2"),
+    Wrapper("DeepseekVLForConditionalGeneration", "deepseek_vl", "llama"),
     Wrapper("VoxtralForConditionalGeneration", "voxtral", "llama"),
+    Wrapper("Idefics2ForConditionalGeneration", "idefics2", "mistral", **TEXT_MODEL),
     Wrapper("Idefics3ForConditionalGeneration", "idefics3", "llama", **TEXT_MODEL),
     Wrapper("SmolVLMForConditionalGeneration", "smolvlm", "llama", **TEXT_MODEL),
     Wrapper("Qwen2VLForConditionalGeneration", "qwen2_vl", "qwen2_vl_text", same_as="qwen2", **QWEN),
