@@ -6,6 +6,7 @@ and consolidated.safetensors are never read unasked, there and here.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,29 +69,43 @@ def choose_weights(directory: Path) -> Choice:
 
     InputError, naming the file to fetch or to remove, when no set is.
     """
-    sets = [_describe(directory, lead) for lead in _leads(directory)]
-    whole = next((found for found in sets if found.problem is None), None)
-    if whole is None:
+    sets = _sets(directory)
+    whole = [candidate for candidate in sets if candidate.problem is None]
+    if not whole:
         raise InputError(_advice(directory, sets))
-    rest = sets[sets.index(whole) + 1 :]
-    leads = [found.lead for found in rest if not found.files or set(found.files) - set(whole.files)]
-    of_no_set = {name for found in (whole, *sets) for name in (found.lead, *found.files)}
-    shards = [name for found in rest for name in found.files if (directory / name).is_file()]
-    others = {*shards, *(set(weight_names(directory)) - of_no_set)} - {*whole.files, *leads}
-    return Choice(whole, tuple(sets[: sets.index(whole)]), (*leads, *sorted(others)))
+    read = whole[0]
+    position = sets.index(read)
+    return Choice(read, tuple(sets[:position]), _ignored(directory, read, sets[:position], sets[position + 1 :]))
+
+
+def _ignored(
+    directory: Path, read: WeightFiles, earlier: list[WeightFiles], later: list[WeightFiles]
+) -> tuple[str, ...]:
+    """The names of all files of weights that are not read, the deciding ones first; sets passed over have theirs."""
+    others = set(weight_names(directory)) - {read.lead, *read.files}
+    for candidate in earlier:
+        others -= {candidate.lead, *candidate.files}
+    leads = []
+    for candidate in later:
+        names_only_what_is_read = candidate.files and set(candidate.files) <= set(read.files)
+        if not names_only_what_is_read:
+            leads.append(candidate.lead)
+        others.discard(candidate.lead)
+    return (*leads, *sorted(others))
 
 
 def weight_names(directory: Path) -> list[str]:
     """Every file of the folder that may hold weights of a whole model, or be their index; none of ours."""
-    patterns = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "pytorch_model*.index.json")
-    found = {path.name for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
-    return sorted(name for name in found if not name.startswith(OURS))
+    names: set[str] = set()
+    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "pytorch_model*.index.json"):
+        names |= {path.name for path in directory.glob(pattern) if path.is_file()}
+    return sorted(name for name in names if not name.startswith(OURS))
 
 
 def missing_files(directory: Path) -> list[str]:
     """The files that the folder lacks of the first set that it has a part of; none where a set is whole."""
-    sets = [_describe(directory, lead) for lead in _leads(directory)]
-    if any(found.problem is None for found in sets):
+    sets = _sets(directory)
+    if any(candidate.problem is None for candidate in sets):
         return []
     if not sets:
         return [HF_WEIGHTS]
@@ -98,35 +113,38 @@ def missing_files(directory: Path) -> list[str]:
     return absent or ["a readable weight index"]
 
 
-def _leads(directory: Path) -> list[str]:
-    """The deciding files that are there, first the one that transformers would take."""
+def _sets(directory: Path) -> list[WeightFiles]:
+    """The sets that the folder has at least the deciding file of, first the one that transformers would take."""
     config = read_json(directory / HF_CONFIG) if (directory / HF_CONFIG).is_file() else {}
-    if named := config.get(NAMED_IN_CONFIG):
-        if not isinstance(named, str) or not re.fullmatch(r"[^/\\]+\.safetensors(\.index\.json)?", named):
-            raise InputError(
-                f"{directory / HF_CONFIG}: {NAMED_IN_CONFIG} is {named!r:.80}, no safetensors file of {directory}, and "
-                "no index of one; mend it"
-            )
-        return [named]
-    return [name for name in ORDER if (directory / name).is_file()]
+    name = config.get(NAMED_IN_CONFIG)
+    if not name:
+        return [_describe(directory, lead) for lead in ORDER if (directory / lead).is_file()]
+    if not isinstance(name, str) or not re.fullmatch(r"[^/\\]+\.safetensors(\.index\.json)?", name):
+        raise InputError(
+            f"{directory / HF_CONFIG}: {NAMED_IN_CONFIG} is {name!r:.80}, no safetensors file of {directory}, and no "
+            "index of one; mend it"
+        )
+    if (directory / name).is_file():
+        return [_describe(directory, name)]
+    problem = f"{directory / name} is missing, though config.json names it as {NAMED_IN_CONFIG}"
+    return [WeightFiles(name, (name,), problem=problem)]
 
 
 def _describe(directory: Path, lead: str) -> WeightFiles:
+    """The set that a file decides, which is there."""
     if not lead.endswith(".index.json"):
-        there = (directory / lead).is_file()
-        return WeightFiles(
-            lead, (lead,), (), None if there else f"{directory / lead} is missing, though config.json names it"
-        )
+        return WeightFiles(lead, (lead,))
+    path = directory / lead
     try:
-        weight_map = read_json(directory / lead).get("weight_map")
+        weight_map = read_json(path).get("weight_map")
     except InputError as error:
-        return WeightFiles(lead, (), (), str(error))
-    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):
-        return WeightFiles(lead, (), (), f"{directory / lead} has no weight_map of names to files")
+        return WeightFiles(lead, (), problem=str(error))
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        return WeightFiles(lead, (), problem=f"{path} has no weight_map of names to files")
     names = tuple(sorted(set(weight_map.values())))
-    problem = None
     if outside := [name for name in names if Path(name).name != name]:
-        return WeightFiles(lead, (), (), f"{directory / lead} names {outside[0]!r}, which is not a file of {directory}")
+        return WeightFiles(lead, (), problem=f"{path} names {outside[0]!r}, which is not a file of {directory}")
+    problem = None
     if absent := [name for name in names if not (directory / name).is_file()]:
         more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
         problem = f"{directory / absent[0]}{more} is missing, though the index names it"
@@ -137,8 +155,8 @@ def _advice(directory: Path, sets: list[WeightFiles]) -> str:
     """Why nothing can be read, and what to fetch or to remove."""
     if sets:
         first = sets[0]
-        remedy = f"download again to resume, or remove {first.lead} if it is stale"
-        return f"{first.problem}; {remedy}"
+        stale = f"remove {first.lead}" if (directory / first.lead).is_file() else f"remove {NAMED_IN_CONFIG} there"
+        return f"{first.problem}; download again to resume, or {stale} if it is stale"
     present = weight_names(directory)
     nothing = f"{directory} holds no {HF_WEIGHTS} or {HF_PICKLE}, whole or sharded"
     shards = [name for name in present if re.search(r"-\d+-of-\d+\.(safetensors|bin)$", name)]
@@ -147,13 +165,13 @@ def _advice(directory: Path, sets: list[WeightFiles]) -> str:
         return f"{nothing}: {_listed(shards)} shards without {index}; fetch that"
     if present:
         return f"{nothing}: {_listed(present)} no file that is read unasked; download {HF_WEIGHTS}, or rename it so"
-    below = sorted(path.parent for path in directory.glob("*/*") if path.name in ORDER and path.is_file())
+    below = sorted(path.parent for path in directory.glob("*/*") if path.name in ORDER)
     if below:
         return f"{nothing}; {below[0]} does, which is not looked into: move its files here, or give that folder"
     return f"{nothing}; download it first"
 
 
-def _listed(names: tuple[str, ...] | list[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     """Up to three names with their verb."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{', '.join(names[:SHOWN])}{more} {'is' if len(names) == 1 else 'are'}"

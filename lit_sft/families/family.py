@@ -163,7 +163,7 @@ class WeightNames:
         raise InputError(f"weight {hf_name!r} is unknown to the {self.family.name} family; nothing was converted")
 
     def of_another_part(self, hf_name: str) -> bool:
-        """Whether a weight or module is of a multimodal model's rest, which is not read."""
+        """True for a weight or module of the rest of a multimodal model, which is not read."""
         wrapper = self.family.wrapper
         return wrapper is not None and re.fullmatch(wrapper.others, hf_name) is not None
 

@@ -111,4 +111,4 @@ WRAPPERS = (
     Wrapper("Qwen3VLForConditionalGeneration", "qwen3_vl", "qwen3_vl_text", prefixes=QWEN["prefixes"], same_as="qwen3"),
 )
 ANY = Wrapper("", "", "", prefixes=("language_model.model.", "model.language_model.", "model.text_model."))
-"""Of whatever wrapper a text model may have been in, where only names are known."""
+"""A stand-in for whichever wrapper a text model was in, where only names are known."""
