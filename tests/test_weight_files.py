@@ -228,6 +228,18 @@ def test_doctor_and_verify_look_at_the_same_files(
     assert len(re.findall(r"\nsuspicious: .* is read; ", text)) == (ignored is not None)
 
 
+@pytest.mark.parametrize("sizes", [("100KB", "10MB"), ("10MB", "100KB"), ("100KB", "200KB")])
+def test_a_folder_that_transformers_saved_again(models: Path, tmp_path: Path, sizes: tuple[str, str]) -> None:
+    """In one file or in more and fewer shards, over what it had saved first; whatever it leaves there."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "hub"
+    for name, size in zip("ba", sizes, strict=True):
+        AutoModelForCausalLM.from_pretrained(models / name).save_pretrained(folder, max_shard_size=size)
+    assert (logits_here(folder) - logits_there(folder)).abs().max() < 1e-5
+    assert (logits_here(folder) - logits_there(models / ("b" if sizes[0] == "10MB" else "a"))).abs().max() < 1e-5
+
+
 # what transformers stops at or fills with random weights: the weights that are read all the same, and what is said
 PASSED = {
     "a shard is missing, the pickle is whole": (
