@@ -19,6 +19,7 @@ from lit_sft.convert import convert_checkpoint
 from lit_sft.errors import InputError
 from lit_sft.export import convert_lit_checkpoint, export_hf
 from lit_sft.families import FAMILIES, find_family
+from lit_sft.families.wrappers import WRAPPERS
 from lit_sft.merge import merge_checkpoint
 from lit_sft.peft import export_peft
 from lit_sft.peft_import import import_peft
@@ -285,6 +286,18 @@ def test_silent_fields_of_a_text_config_mean_what_transformers_means() -> None:
     for family in named:
         config = AutoConfig.for_model(family.model_types[0])
         assert family.defaults == {name: getattr(config, name) for name in family.defaults}
+
+
+def test_the_class_of_a_wrappers_tokenizer_is_transformers_own() -> None:
+    from transformers.models.auto import tokenization_auto as auto
+
+    for wrapper in WRAPPERS:
+        registered = auto.TOKENIZER_MAPPING_NAMES.get(wrapper.model_type)
+        assert wrapper.tokenizer_class == registered, wrapper.architecture
+        holds = wrapper.model_type in auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+        assert not holds or registered == "TokenizersBackend", wrapper.architecture
+        config = {"architectures": [wrapper.architecture], "text_config": {}}
+        assert find_family(config).tokenizer_class == registered
 
 
 # as published by llava-hf/llava-1.5-7b-hf and llava-hf/llava-v1.6-mistral-7b-hf: what differs from the defaults alone

@@ -54,7 +54,9 @@ def find_family(hf_config: dict) -> Family:
         raise InputError(f"config.json: architectures is {architectures!r:.99}, not a list of names")
     for wrapper in WRAPPERS:
         if wrapper.architecture in architectures or (not architectures and model_type == wrapper.model_type):
-            return replace(_text_family(wrapper.text_of(hf_config)["model_type"]), wrapper=wrapper)
+            family = _text_family(wrapper.text_of(hf_config)["model_type"])
+            known = {"tokenizer_class": wrapper.tokenizer_class, "overrides_tokenizer_class": False}
+            return replace(family, wrapper=wrapper, **known)
     for family in FAMILIES:
         if any(name in family.architectures for name in architectures):
             return family

@@ -34,6 +34,8 @@ class Wrapper:
     """Regular expression of the names of all other weights and modules."""
     same_as: str | None = None
     """The ``model_type`` that computes the same without images, of a text model with a name of its own."""
+    tokenizer_class: str | None = None
+    """As a family's: the class that transformers has for the wrapper's tokenizers, whatever its text model's is."""
     ties_as_text: bool = False
     """The head is tied where ``text_config`` says so, whatever the wrapper's own field says."""
 
@@ -86,29 +88,51 @@ def _without_sections(rope: dict) -> dict:
     return {key: "default" if value == "mrope" else value for key, value in kept.items()}
 
 
+AS_IT_IS = "TokenizersBackend"
 # what several have in common
 TEXT_MODEL = {"module": "model.text_model.", "prefixes": ("model.text_model.",)}
 QWEN = {"prefixes": ("model.language_model.", "model."), "ties_as_text": True}
 
 WRAPPERS = (
-    Wrapper("Gemma3ForConditionalGeneration", "gemma3", "gemma3_text"),
-    Wrapper("Mistral3ForConditionalGeneration", "mistral3", "mistral"),
-    Wrapper("LlavaForConditionalGeneration", "llava", "llama", ties_as_text=True),
-    Wrapper("LlavaNextForConditionalGeneration", "llava_next", "llama"),
+    Wrapper("Gemma3ForConditionalGeneration", "gemma3", "gemma3_text", tokenizer_class="GemmaTokenizer"),
+    Wrapper("Mistral3ForConditionalGeneration", "mistral3", "mistral", tokenizer_class=AS_IT_IS),
+    Wrapper("LlavaForConditionalGeneration", "llava", "llama", tokenizer_class=AS_IT_IS, ties_as_text=True),
+    Wrapper("LlavaNextForConditionalGeneration", "llava_next", "llama", tokenizer_class=AS_IT_IS),
     Wrapper("LlavaNextVideoForConditionalGeneration", "llava_next_video", "llama"),
     Wrapper("VideoLlavaForConditionalGeneration", "video_llava", "llama"),
     Wrapper("LlavaOnevisionForConditionalGeneration", "llava_onevision", "qwen2", ties_as_text=True),
-    Wrapper("VipLlavaForConditionalGeneration", "vipllava", "llama"),
-    Wrapper("InternVLForConditionalGeneration", "internvl", "qwen2"),
-    Wrapper("GotOcr2ForConditionalGeneration", "got_ocr2", "qwen2"),
+    Wrapper("VipLlavaForConditionalGeneration", "vipllava", "llama", tokenizer_class=AS_IT_IS),
+    Wrapper("InternVLForConditionalGeneration", "internvl", "qwen2", tokenizer_class="Qwen2Tokenizer"),
+    Wrapper("GotOcr2ForConditionalGeneration", "got_ocr2", "qwen2", tokenizer_class=AS_IT_IS),
     Wrapper("DeepseekVLForConditionalGeneration", "deepseek_vl", "llama"),
-    Wrapper("VoxtralForConditionalGeneration", "voxtral", "llama"),
-    Wrapper("Idefics2ForConditionalGeneration", "idefics2", "mistral", **TEXT_MODEL),
+    Wrapper("VoxtralForConditionalGeneration", "voxtral", "llama", tokenizer_class=AS_IT_IS),
+    Wrapper("Idefics2ForConditionalGeneration", "idefics2", "mistral", tokenizer_class="LlamaTokenizer", **TEXT_MODEL),
     Wrapper("Idefics3ForConditionalGeneration", "idefics3", "llama", **TEXT_MODEL),
-    Wrapper("SmolVLMForConditionalGeneration", "smolvlm", "llama", **TEXT_MODEL),
-    Wrapper("Qwen2VLForConditionalGeneration", "qwen2_vl", "qwen2_vl_text", same_as="qwen2", **QWEN),
-    Wrapper("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "qwen2_5_vl_text", same_as="qwen2", **QWEN),
-    Wrapper("Qwen3VLForConditionalGeneration", "qwen3_vl", "qwen3_vl_text", prefixes=QWEN["prefixes"], same_as="qwen3"),
+    Wrapper("SmolVLMForConditionalGeneration", "smolvlm", "llama", tokenizer_class=AS_IT_IS, **TEXT_MODEL),
+    Wrapper(
+        "Qwen2VLForConditionalGeneration",
+        "qwen2_vl",
+        "qwen2_vl_text",
+        tokenizer_class="Qwen2Tokenizer",
+        same_as="qwen2",
+        **QWEN,
+    ),
+    Wrapper(
+        "Qwen2_5_VLForConditionalGeneration",
+        "qwen2_5_vl",
+        "qwen2_5_vl_text",
+        tokenizer_class="Qwen2Tokenizer",
+        same_as="qwen2",
+        **QWEN,
+    ),
+    Wrapper(
+        "Qwen3VLForConditionalGeneration",
+        "qwen3_vl",
+        "qwen3_vl_text",
+        tokenizer_class="Qwen2Tokenizer",
+        prefixes=QWEN["prefixes"],
+        same_as="qwen3",
+    ),
 )
 ANY = Wrapper("", "", "", prefixes=("language_model.model.", "model.language_model.", "model.text_model."))
 """A stand-in for whichever wrapper a text model was in, where only names are known."""
