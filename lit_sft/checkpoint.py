@@ -17,6 +17,7 @@ from lit_sft.atomic import Manifest, publish_directory, write_atomically
 from lit_sft.config import ModelConfig
 from lit_sft.documents import read_json
 from lit_sft.errors import InputError
+from lit_sft.families import find_family
 from lit_sft.layout import (
     ADAPTER_CONFIG,
     ADAPTER_DIR,
@@ -279,9 +280,16 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def save_model(directory: Path, model: GPT, source_dir: Path, facts: dict) -> None:
-    """Write ``model`` as a new checkpoint_dir, with the tokenizer and config files of ``source_dir``."""
+    """Write ``model`` as a new checkpoint_dir, with the tokenizer and config files of ``source_dir``.
+
+    Of a multimodal ``source_dir`` the config.json is the text model's alone, which is what the directory then holds.
+    """
     names = copied_files(source_dir)
-    hf_config = read_json(source_dir / HF_CONFIG) | {"tie_word_embeddings": model.config.tie_embeddings}
+    hf_config = read_json(source_dir / HF_CONFIG)
+    family = find_family(hf_config)
+    if family.wrapper:  # the rest of a multimodal model does not come along
+        hf_config = family.exported_config(hf_config)
+    hf_config["tie_word_embeddings"] = model.config.tie_embeddings
     state = model.state_dict()
     if model.config.tie_embeddings:
         del state["lm_head.weight"]

@@ -21,6 +21,7 @@ from lit_sft.families.family import Family, Fused, Stacked, Target, WeightNames
 from lit_sft.layout import HF_CONFIG, resolve_checkpoint_dir
 from lit_sft.locks import lock
 from lit_sft.model import GPT
+from lit_sft.weight_files import adapter_note, choose_weights
 from lit_sft.weights import SAFETENSORS_NAMES, Weight, write_checkpoint
 
 QUANTIZED = "quantized checkpoints do not convert; take the unquantized weights"
@@ -33,6 +34,7 @@ def convert_checkpoint(args: ConvertArgs) -> Path:
     """
     directory = resolve_checkpoint_dir(args.checkpoint_dir)
     hf_config, source = read_json(directory / HF_CONFIG), source_weights(directory)
+    files_note = choose_weights(directory).note(directory)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     try:
         family = find_family(hf_config)
@@ -40,9 +42,11 @@ def convert_checkpoint(args: ConvertArgs) -> Path:
         config = with_vocabulary_of(source, family, told)
         weights = to_lit(source, family, config, dtype)
     except InputError as error:
-        raise InputError(f"{directory}: {error}") from None
-    if config != told:
-        print(f"notice: {vocabulary_note(told, config)}")
+        raise InputError("; ".join(filter(None, (f"{directory}: {error}", files_note)))) from None
+    notes = [files_note, adapter_note(directory)]
+    notes.append(vocabulary_note(told, config) if config != told else None)
+    for note in filter(None, notes):
+        print(f"notice: {note}")
     with lock(directory), renewing(directory, "lit_model*") as folder:
         write_checkpoint(folder, config, weights, {"family": family.name})
     n_parameters = sum(torch.Size(w.shape).numel() for w in weights)
@@ -70,35 +74,21 @@ def vocabulary_note(told: ModelConfig, config: ModelConfig) -> str:
 
 
 def source_weights(directory: Path) -> list[Weight]:
-    """Every tensor of a Hub checkpoint, safetensors preferred, in the order of its files; nothing is loaded yet."""
-    for single, index, opener in (
-        ("model.safetensors", "model.safetensors.index.json", open_safetensors),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json", open_pickle),
-    ):
-        if (directory / index).is_file():
-            weight_map = read_json(directory / index).get("weight_map")
-            if not (
-                isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())
-            ):
-                raise InputError(f"{directory / index} has no weight_map of names to files")
-            names = sorted(set(weight_map.values()))
-        elif (directory / single).is_file():
-            weight_map, names = {}, [single]
-        else:
-            continue
-        weights = []
-        for name in names:
-            if Path(name).name != name:
-                raise InputError(f"{directory / index} names {name!r}, which is not a file of {directory}")
-            if not (directory / name).is_file():
-                raise InputError(f"{directory / name} is missing, though the index names it; download again to resume")
-            weights += opener(directory / name)
-        if lost := sorted(set(weight_map) - {w.name for w in weights}):
-            raise InputError(f"{directory / index} promises {lost[0]!r} ({len(lost)} in all), which no file holds")
-        return weights
-    raise InputError(
-        f"{directory} holds no model.safetensors or pytorch_model.bin, whole or sharded; download it first"
-    )
+    """Every tensor of a Hub checkpoint, in the files that transformers would read; nothing is loaded yet.
+
+    InputError when no set of files is whole.
+    """
+    read = choose_weights(directory).read
+    weights = []
+    for name in read.files:
+        opener = open_safetensors if name.endswith(".safetensors") else open_pickle
+        weights += opener(directory / name)
+    if lost := sorted(set(read.tensors) - {weight.name for weight in weights}):
+        raise InputError(
+            f"{directory / read.lead} promises {lost[0]!r} ({len(lost)} in all), which no file holds; download the "
+            "checkpoint again"
+        )
+    return weights
 
 
 def open_safetensors(path: Path) -> Iterator[Weight]:

@@ -28,10 +28,9 @@ from lit_sft.prompts import style_label
 from lit_sft.samples import default_style, stop_ids
 from lit_sft.styles import PROMPT_STYLES
 from lit_sft.tokenizer import Tokenizer
+from lit_sft.weight_files import adapter_note, choose_weights, weight_names
 from lit_sft.weights import Weight
 
-SOURCES = ("model*.safetensors", "pytorch_model*.bin", "model*.index.json", "pytorch_model*.index.json")
-ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 SHAPE = ("n_layer", "n_embd", "n_head", "n_query_groups", "head_size", "vocab_size", "block_size", "intermediate_size")
 # fields that say nothing about what is computed
 BOOKKEEPING = """
@@ -70,10 +69,8 @@ def examine(args: DoctorArgs) -> None:
         config = _model(directory, found)
     with found.part():
         _tokenizer(directory, config, found)
-    if present := [name for name in ADAPTERS if (directory / name).is_file()]:
-        found.suspicious.append(
-            f"{present[0]} is an adapter of peft, which is not applied here: merge it there, or import it"
-        )
+    if note := adapter_note(directory):
+        found.suspicious.append(note)
     print(directory)
     for topic, text in found.lines.items():
         print(f"  {topic:<12}{text}")
@@ -148,13 +145,15 @@ def _weights(directory: Path, family: Family, config: ModelConfig, found: Findin
             found.suspicious.append(
                 f"lit_model files without a {MANIFEST} are of a conversion that did not end; {again}"
             )
-    files = sorted(path.name for pattern in SOURCES for path in directory.glob(pattern))
-    if is_converted and not files:
+    if is_converted and not weight_names(directory):
         return  # merged or fine-tuned here: there is no other source
     try:
+        choice = choose_weights(directory)
+        if note := choice.note(directory):
+            found.suspicious.append(note)
         source = source_weights(directory)
         to_lit(source, family, config, None)
-        found.lines["files"] = f"{files[0]}{', …' if len(files) > 1 else ''}: {_summary(source, found)}"
+        found.lines["files"] = f"{choice.read.lead}: {_summary(source, found)}"
     except InputError as error:
         if not is_converted:
             raise

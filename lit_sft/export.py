@@ -1,6 +1,7 @@
 """Ours → the Hub's layout: a directory that transformers loads, or one file of weights, written tensor by tensor."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from lit_sft.args import ConvertLitArgs, ExportHFArgs, LoRAArgs
 from lit_sft.atomic import Manifest, publish_directory, replacing, write_atomically
 from lit_sft.checkpoint import check_model, read_adapter, read_adapter_config, resolve_base
 from lit_sft.config import ModelConfig
-from lit_sft.convert import cast, open_safetensors, to_hf
+from lit_sft.convert import cast, open_safetensors, source_weights, to_hf
 from lit_sft.documents import read_json
 from lit_sft.errors import InputError
 from lit_sft.families import find_family
@@ -160,6 +161,15 @@ def _generation_config(source: Source, config: dict) -> dict:
     return kept
 
 
+def _as_in_files(weights: list[Weight], source: Source) -> list[Weight]:
+    """The weights named as in the Hub's files of the source, which are a multimodal model's where it is one."""
+    names, files = source.family.names(source.config), []
+    if source.family.wrapper:
+        with suppress(InputError):  # the Hub's files may be gone
+            files = [weight.name for weight in source_weights(source.directory)]
+    return [replace(weight, name=names.spelled_as(files, weight.name)) for weight in weights]
+
+
 def convert_lit_checkpoint(args: ConvertLitArgs) -> Path:
     """Lit-GPT's way back: a file of weights under the Hub's names, or the whole directory; gives its path.
 
@@ -176,7 +186,7 @@ def convert_lit_checkpoint(args: ConvertLitArgs) -> Path:
         return out
     if out.is_dir():
         raise InputError(f"--output_path {out} is a folder; name a file, or a folder without {out.suffix}")
-    weights = to_hf(source.weights, source.family, source.config)
+    weights = _as_in_files(to_hf(source.weights, source.family, source.config), source)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".safetensors":
         write_safetensors(out, weights)

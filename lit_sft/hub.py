@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,21 @@ from lit_sft.args import DownloadArgs
 from lit_sft.atomic import fsync, sha256_of, write_atomically
 from lit_sft.errors import InputError
 from lit_sft.families.repositories import REPOSITORIES
-from lit_sft.layout import CHECKPOINTS, DOWNLOAD_RECORD, HF_CONFIG, MANIFEST, TOKENIZER_FILES
+from lit_sft.layout import (
+    CHECKPOINTS,
+    DOWNLOAD_RECORD,
+    HF_CONFIG,
+    HF_INDEX,
+    HF_PICKLE,
+    HF_PICKLE_INDEX,
+    HF_WEIGHTS,
+    MANIFEST,
+    TOKENIZER_FILES,
+)
 from lit_sft.locks import lock
 from lit_sft.redact import without_secrets
 from lit_sft.transfer import FAILURES, hub_token, said, transfer
+from lit_sft.weight_files import choose_weights, missing_files
 
 # isort: split
 # after transfer, which says what is wrong with the environment that this reads when it is imported
@@ -30,9 +42,8 @@ from huggingface_hub.utils import build_hf_headers
 
 SMALL_FILES = {HF_CONFIG, *TOKENIZER_FILES}
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is enough
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # unless they are sharded
-SAFETENSORS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-PICKLED = r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?"
+WEIGHTS = (HF_WEIGHTS, HF_PICKLE)  # unless they are sharded
+SHARDS = {HF_INDEX: r"model-\d+-of-\d+\.safetensors", HF_PICKLE_INDEX: r"pytorch_model-\d+-of-\d+\.bin"}
 NO_RECORD = {"repo_id": None, "revision": None, "commit": None, "files": {}}
 NONSENSE = (TypeError, KeyError, AttributeError, RecursionError)  # what the client raises for JSON that no Hub sends
 
@@ -76,8 +87,14 @@ def download(args: DownloadArgs) -> Path:
         with lock(directory):
             _settle(directory, record, plan, commit, args)
             _fetch(directory, plan, commit, args, token)
+            if more := [name for name in _shards_in_plan(directory, plan) if name in present.keys() - plan.keys()]:
+                plan |= _facts(present, more)  # the index, now here, calls them otherwise than most do
+                _settle(directory, _read_record(directory), plan, commit, args)
+                _fetch(directory, plan, commit, args, token)
             if lacks := _missing(directory, _read_record(directory)):
                 raise InputError(f"{args.repo_id} is itself incomplete: it lacks {', '.join(lacks)}")
+    if note := choose_weights(directory).note(directory):
+        print(f"notice: {note}")
     print(f"files: {directory}")
     print(f"next: python scripts/convert_hf_checkpoint.py --checkpoint_dir {shlex.quote(str(directory))}")
     return directory
@@ -101,19 +118,35 @@ def _describe(args: DownloadArgs, token: str) -> tuple[dict[str, RepoSibling], s
 
 def _choose(args: DownloadArgs, present: dict[str, RepoSibling]) -> dict[str, dict]:
     """Name → bytes and hash of what to take. Only plain names are ever matched, so none can leave the directory."""
-    safetensors, pickled = ([n for n in present if re.fullmatch(p, n, re.ASCII)] for p in (SAFETENSORS, PICKLED))
-    weights = safetensors if safetensors and args.from_safetensors else pickled
+    weights = _choose_weights(set(present), args.from_safetensors)
     lacks = [] if weights else [" or ".join(WEIGHTS if args.from_safetensors else WEIGHTS[1:])]
     lacks += [] if HF_CONFIG in present else [HF_CONFIG]
     lacks += [] if any(name in present for name in TOKENIZERS) else [" or ".join(TOKENIZERS)]
     if lacks:
         raise InputError(f"{args.repo_id} has no {', no '.join(lacks)}: no checkpoint that can be converted")
-    taken = [present[name] for name in (*weights, *(SMALL_FILES & present.keys()))]
+    return _facts(present, (*weights, *(SMALL_FILES & present.keys())))
+
+
+def _facts(present: dict[str, RepoSibling], names: Iterable[str]) -> dict[str, dict]:
+    """Name → bytes and hash of files of the repository."""
+    taken = [present[name] for name in names]
     plan = {f.rfilename: {"bytes": f.size, "hash": f.lfs.sha256 if f.lfs else f.blob_id} for f in taken}
     for name, fact in plan.items():
         if not _is_fact(fact):
             raise InputError(f"{constants.ENDPOINT} states no size and hash of {name}; set HF_ENDPOINT to a real Hub")
     return plan
+
+
+def _choose_weights(present: set[str], from_safetensors: bool) -> list[str]:
+    """The files of weights to take, in the order in which transformers looks for them; none: there are none."""
+    for single, index in ((HF_WEIGHTS, HF_INDEX), (HF_PICKLE, HF_PICKLE_INDEX)):
+        if single == HF_WEIGHTS and not from_safetensors:
+            continue
+        if single in present:
+            return [single]
+        if index in present:
+            return [index, *(name for name in present if re.fullmatch(SHARDS[index], name, re.ASCII))]
+    return []
 
 
 def _is_fact(fact: Any) -> bool:
@@ -204,14 +237,23 @@ def _missing(directory: Path, record: dict) -> list[str]:
     here = {path.name for path in directory.glob("*") if path.is_file()}
     lacks = {name for name, fact in record["files"].items() if not _is_right(directory / name, fact, fact)}
     try:
-        indexes = [directory / name for weights in WEIGHTS if (name := f"{weights}.index.json") in here]
-        choices = [{*json.loads(index.read_text())["weight_map"].values()} - here for index in indexes]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return [*lacks, "a readable weight index"]
-    choices += [{name} - here for name in WEIGHTS]
-    lacks |= choices[0] if all(choices) else set()
+        lacks |= set(missing_files(directory))
+    except InputError:
+        lacks.add(f"a readable {HF_CONFIG}")
     lacks |= {HF_CONFIG} - here | (set() if here & {*TOKENIZERS} else {" or ".join(TOKENIZERS)})
     return sorted(lacks)
+
+
+def _shards_in_plan(directory: Path, plan: dict[str, dict]) -> list[str]:
+    """The shards that a downloaded index names, plain names only."""
+    index = next((name for name in SHARDS if name in plan), None)
+    if index is None:
+        return []
+    try:
+        named = {*json.loads((directory / index).read_text())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
+    return sorted(name for name in named if isinstance(name, str) and Path(name).name == name)
 
 
 def _explain(error: Exception, args: DownloadArgs, token: str) -> tuple[str, bool]:

@@ -28,6 +28,7 @@ from lit_sft.layout import (
 from lit_sft.metrics import METRICS_BYTES, read_record
 from lit_sft.shards import KIND, Shards
 from lit_sft.states import STATE, read_state_facts
+from lit_sft.weight_files import choose_weights
 from lit_sft.weights import CHECKPOINT
 
 
@@ -136,7 +137,13 @@ def _download(directory: Path) -> Iterator[Finding]:
 
     for name in facts:
         yield _tried(directory / name, lambda n=name: check(n))
-    yield _tried(directory, lambda: f"{len(source_weights(directory))} weights in the Hub's files")
+    yield _tried(directory, lambda: _sources(directory))
+
+
+def _sources(directory: Path) -> str:
+    note = choose_weights(directory).note(directory)
+    count = f"{len(source_weights(directory))} weights in the Hub's files"
+    return f"{count}; {note}" if note else count
 
 
 def _run(directory: Path) -> Iterator[Finding]:

@@ -27,6 +27,9 @@ TOKENIZER_FILES = (
 DOWNLOAD_RECORD = "download.json"
 GENERATION_CONFIG = "generation_config.json"
 HF_WEIGHTS = "model.safetensors"
+HF_INDEX = "model.safetensors.index.json"
+HF_PICKLE = "pytorch_model.bin"
+HF_PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 # data_dir
 SKIPPED = "skipped.jsonl"

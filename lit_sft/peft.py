@@ -9,6 +9,7 @@ in a part's rows are dropped with their rows of A, which gives back what was exp
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -24,7 +25,7 @@ from lit_sft.convert import weight_shapes
 from lit_sft.documents import read_json
 from lit_sft.errors import InputError
 from lit_sft.families import find_family
-from lit_sft.families.family import Fused, WeightNames, split_numbers
+from lit_sft.families.family import Fused, Target, WeightNames, split_numbers
 from lit_sft.layout import DOWNLOAD_RECORD, HF_CONFIG, check_new
 from lit_sft.weights import Weight, write_safetensors
 
@@ -55,6 +56,11 @@ def export_peft(args: ExportPeftArgs) -> Path:
     lora, tensors = read_adapter(args.lora_path, base)
     names, shapes = names_of(base)
     pairs = fuse(tensors, lora, names, shapes)
+    if names.family.wrapper and any(".experts." in name for name in pairs):
+        raise InputError(
+            f"peft finds no experts inside {names.family.wrapper.architecture} and would leave their adapters out; "
+            f"merge them instead: python scripts/export_hf.py --lora_path {args.lora_path} --out_dir DIR"
+        )
     config = _peft_config(pairs, lora, names, base)
     state = {f"{name}.lora_{k}.weight": t for name, pair in pairs.items() for k, t in (("A", pair.a), ("B", pair.b))}
     weights = [
@@ -80,17 +86,14 @@ def names_of(base: Path) -> tuple[WeightNames, dict[str, tuple[int, ...]]]:
 def fuse(
     tensors: dict[str, Tensor], lora: LoRAArgs, names: WeightNames, shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, Pair]:
-    """Our adapter's tensors as the pairs of the Hub's layers, by their names; fused layers as described above."""
+    """Our adapter's tensors as the pairs of transformers' modules, by their paths; fused layers as described above."""
     scaling = Fraction(lora.lora_alpha) / lora.lora_r
     pairs: dict[str, Pair] = {}
     for module in (name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")):
         theirs, target, numbers = names.source(f"{module}.weight")
-        name = theirs.format(*numbers).removesuffix(".weight")
+        name = names.module_name(theirs).format(*numbers)
         if not isinstance(target, Fused):
-            also = [k for k, ours in names.targets.items() if ours == "lm_head.weight"] if module == "lm_head" else []
-            pair = Pair(tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"], scaling)
-            # transformers has renamed the head of some: peft takes whichever there is
-            pairs |= dict.fromkeys([name, *(k.removesuffix(".weight") for k in also)], pair)
+            pairs[name] = Pair(tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"], scaling)
         elif name not in pairs:
             parts = [part.format(*numbers).removesuffix(".weight") for part in target.names]
             present = [part for part in parts if f"{part}.lora_A" in tensors]
@@ -109,8 +112,7 @@ def split(name: str, pair: Pair, names: WeightNames, shapes: dict[str, tuple[int
 
     InputError for a layer that has no adapter here, or an adapter of another shape.
     """
-    template, numbers = split_numbers(f"{name}.weight")
-    target = names.targets.get(template)
+    target, numbers = find_module(name, names) or (None, [])
     parts = target.names if isinstance(target, Fused) else [target] if isinstance(target, str) else []
     parts = [part.format(*numbers).removesuffix(".weight") for part in parts]
     if not parts or not all(re.fullmatch(ADAPTABLE, part) and f"{part}.weight" in shapes for part in parts):
@@ -129,12 +131,20 @@ def split(name: str, pair: Pair, names: WeightNames, shapes: dict[str, tuple[int
     return pairs
 
 
+def find_module(name: str, names: WeightNames) -> tuple[Target, list[str]] | None:
+    """The weight of a module, as in any file of the Hub, with the numbers in its name; None: it is not read here."""
+    try:
+        return names.find(f"{name}.weight")
+    except InputError:
+        return None
+
+
 def _peft_config(pairs: dict[str, Pair], lora: LoRAArgs, names: WeightNames, base: Path) -> dict:
     """The fields of peft's LoraConfig; a layer of another rank than most has its own entry, and its own alpha."""
-    kinds = [theirs.removesuffix(".weight") for theirs in names.targets if theirs.endswith(".weight")]
+    kinds = {names.module_name(theirs): ours for theirs, ours in names.targets.items() if theirs.endswith(".weight")}
     adapted = {split_numbers(name)[0]: pair for name, pair in pairs.items()}
-    targets = {names.targets[f"{kind}.weight"] for kind in adapted}
-    others = [kind for kind in kinds if names.targets[f"{kind}.weight"] not in targets]
+    targets = {kinds[kind] for kind in adapted}
+    others = [kind for kind, target in kinds.items() if target not in targets]
     suffixes = {_suffix(kind, others): len(pair.a) for kind, pair in adapted.items()}
     ranks = {key: rank for key, rank in suffixes.items() if rank != lora.lora_r}
     record = read_json(base / DOWNLOAD_RECORD) if (base / DOWNLOAD_RECORD).is_file() else {}
@@ -146,7 +156,7 @@ def _peft_config(pairs: dict[str, Pair], lora: LoRAArgs, names: WeightNames, bas
         "r": lora.lora_r,
         "lora_alpha": _number(Fraction(lora.lora_alpha)),
         "lora_dropout": lora.lora_dropout,
-        "target_modules": sorted(suffixes),
+        "target_modules": _pattern(adapted) if names.family.wrapper else sorted(suffixes),
         "rank_pattern": ranks,
         "alpha_pattern": {k: _number(Fraction(lora.lora_alpha) * rank / lora.lora_r) for k, rank in ranks.items()},
         "bias": "none",
@@ -162,6 +172,11 @@ def _suffix(kind: str, others: list[str]) -> str:
     parts = kind.split(".")
     ends = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1) if parts[i] != "{}"]
     return next(end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others))
+
+
+def _pattern(kinds: Iterable[str]) -> str:
+    """A regular expression of the whole paths of layers, since a tower for images may have others of the same ends."""
+    return "|".join(re.escape(kind).replace(r"\{\}", r"\d+") for kind in sorted(kinds))
 
 
 def _number(value: Fraction) -> int | float:

@@ -20,12 +20,13 @@ from lit_sft.families.family import WeightNames
 from lit_sft.layout import check_checkpoint_dir, check_new
 from lit_sft.lora import LoRALinear, apply_lora
 from lit_sft.model import GPT
-from lit_sft.peft import OUR_FACTS, PEFT_CONFIG, PEFT_WEIGHTS, Pair, names_of, split
+from lit_sft.peft import OUR_FACTS, PEFT_CONFIG, PEFT_WEIGHTS, Pair, find_module, names_of, split
 from lit_sft.prompts import resolve_style, style_label
 from lit_sft.samples import default_style, stop_ids
 from lit_sft.tokenizer import Tokenizer
 from lit_sft.weights import Weight
 
+PEFT_PICKLE = "adapter_model.bin"
 # fields that say nothing about what a finished adapter computes, or are read here
 KNOWN = {
     "task_type",
@@ -75,6 +76,7 @@ def import_peft(args: ImportPeftArgs) -> Path:
     config = read_json(folder / PEFT_CONFIG)
     _check(config, folder / PEFT_CONFIG)
     names, shapes = names_of(base)
+    names = names.in_any_wrapper()  # an adapter of the whole model fits the text model alone
     ranks, alphas = _of(config, "rank_pattern", "r"), _of(config, "alpha_pattern", "lora_alpha")
     pairs: dict[str, Pair] = {}
     for name, (a, b) in _read_factors(folder, base, names).items():
@@ -82,6 +84,8 @@ def import_peft(args: ImportPeftArgs) -> Path:
         if len(a) != rank or b.shape[1] != rank:
             raise InputError(f"{folder}: {name} has rank {len(a)}, not {rank} as {PEFT_CONFIG} says; save it again")
         pair = Pair(a, b, Fraction(alpha) / Fraction(sqrt(rank) if config.get("use_rslora") else rank))
+        if names.of_another_part(name) and not b.any():
+            continue  # a tower for images that peft adapted by the ends of its layers' names, and text never trained
         pairs |= split(name, pair, names, shapes)
     facts = adapter_facts(base, _prompt_facts(args, folder, base))
     lora, model = _assemble(pairs, names.config, float(config.get("lora_dropout") or 0.0))
@@ -140,9 +144,11 @@ def _of(config: dict, field: str, default: str) -> Callable[[str], int | float]:
 
 def _read_factors(folder: Path, base: Path, names: WeightNames) -> dict[str, tuple[Tensor, Tensor]]:
     """The Hub's layer → its A and B, in fp32 or better."""
-    path = next((p for p in (folder / PEFT_WEIGHTS, folder / "adapter_model.bin") if p.is_file()), None)
+    path = next((p for p in (folder / PEFT_WEIGHTS, folder / PEFT_PICKLE) if p.is_file()), None)
     if path is None:
         raise InputError(f"{folder} holds no {PEFT_WEIGHTS}; give the folder that peft saved")
+    if path.name == PEFT_WEIGHTS and (folder / PEFT_PICKLE).is_file():
+        print(f"notice: {folder}: {PEFT_WEIGHTS} is read, as by peft; {PEFT_PICKLE} is ignored")
     found: dict[str, dict[str, Tensor]] = {}
     for weight in open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path):
         if _is_of_base(weight, base, names):
@@ -160,7 +166,7 @@ def _read_factors(folder: Path, base: Path, names: WeightNames) -> dict[str, tup
 def _is_of_base(weight: Weight, base: Path, names: WeightNames) -> bool:
     """Whether it is the base's own embedding or head, which peft saves beside an adapter of the head."""
     name = re.sub(r"^base_model\.model\.|\.base_layer(?=\.weight$)", "", weight.name)
-    ours = names.targets.get(name)
+    ours, _ = find_module(name.removesuffix(".weight"), names) or (None, [])
     if ours not in ("wte.weight", "lm_head.weight"):
         return False
     stored = {w.name: w for w in open_source(str(base), None, None).weights}

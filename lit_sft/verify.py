@@ -14,6 +14,7 @@ from lit_sft.convert import convert_checkpoint, source_weights
 from lit_sft.documents import read_json
 from lit_sft.errors import InputError, RunFailed
 from lit_sft.layout import HF_CONFIG, MANIFEST, resolve_checkpoint_dir
+from lit_sft.weight_files import adapter_note, choose_weights
 
 TOKENS = 256
 TOLERANCE = 1e-4
@@ -30,6 +31,7 @@ def convert_verified(args: ConvertArgs) -> Path:
     counting as unconverted.
     """
     directory = resolve_checkpoint_dir(args.checkpoint_dir)
+    _check_files(directory)
     hf_config = _config_of_transformers(directory)
     n_bytes = sum(4 * torch.Size(w.shape).numel() for w in source_weights(directory))
     free = _free_memory()
@@ -54,6 +56,17 @@ def convert_verified(args: ConvertArgs) -> Path:
     return directory
 
 
+def _check_files(directory: Path) -> None:
+    """InputError where transformers would load other weights than are converted here."""
+    if passed := choose_weights(directory).passed:
+        raise InputError(
+            f"--verify: transformers would stop at {directory / passed[0].lead} ({passed[0].problem}); delete that "
+            "file, or leave --verify out"
+        )
+    if note := adapter_note(directory):
+        raise InputError(f"--verify: in {directory} {note}; move it away, or leave --verify out")
+
+
 def _config_of_transformers(directory: Path) -> Any:
     """What transformers makes of config.json; InputError when it knows no such model."""
     content = read_json(directory / HF_CONFIG)
@@ -62,7 +75,7 @@ def _config_of_transformers(directory: Path) -> Any:
             f"--verify: transformers ignores {unknown[0]} and would compute something else; leave --verify out"
         )
     try:
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, __version__
+        from transformers import AutoConfig, __version__
         from transformers.utils import logging
     except ImportError:
         raise InputError("--verify needs transformers: pip install 'lit-sft[verify]'; or leave it out") from None
@@ -70,7 +83,7 @@ def _config_of_transformers(directory: Path) -> Any:
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        known = _auto_model(config) is not None
     except (ValueError, KeyError, OSError):
         known = False
     if not known:
@@ -81,17 +94,30 @@ def _config_of_transformers(directory: Path) -> Any:
     return config
 
 
+def _auto_model(hf_config: Any) -> Any:
+    """The class that loads what a config of transformers describes, multimodal models too; None: it has none."""
+    import transformers
+
+    for kind in ("CausalLM", "ImageTextToText", "MultimodalLM"):
+        auto_model = getattr(transformers, f"AutoModelFor{kind}", None)
+        if auto_model is not None and type(hf_config) in auto_model._model_mapping:
+            return auto_model
+    return None
+
+
 def _compare(directory: Path, hf_config: Any, dtype: torch.dtype | None) -> tuple[float, float]:
     """The largest difference of two logits, and the largest logit."""
-    from transformers import AutoModelForCausalLM
-
     rows = ModelConfig.from_dir(directory).vocab_size
     if hf_config.get_text_config().vocab_size != rows:
         hf_config.get_text_config().vocab_size = rows  # transformers does not load weights of another size
     with torch.no_grad():
-        reference = AutoModelForCausalLM.from_pretrained(
-            directory, config=hf_config, dtype=torch.float32, trust_remote_code=False, local_files_only=True
-        ).eval()
+        reference = (
+            _auto_model(hf_config)
+            .from_pretrained(
+                directory, config=hf_config, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+            )
+            .eval()
+        )
         if dtype is not None:  # the converted weights were rounded
             for parameter in reference.parameters():
                 parameter.copy_(parameter.to(dtype))

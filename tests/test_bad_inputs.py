@@ -39,8 +39,18 @@ OPTIMIZER = f"{STATE}/optimizer.safetensors"
 BASE, ADAPTER = "base/lit_model.safetensors", "run/adapter/adapter.safetensors"
 
 
+def index_text(content: str) -> Spoil:
+    """An index in place of the single file, which would be read first, beside a shard."""
+
+    def spoil() -> None:
+        Path("raw/model.safetensors").rename("raw/shard.safetensors")
+        Path(INDEX).write_text(content)
+
+    return spoil
+
+
 def index(**weight_map: object) -> Spoil:
-    return write(INDEX, json.dumps({"weight_map": weight_map}))
+    return index_text(json.dumps({"weight_map": weight_map}))
 
 
 def header(path: str, text: str) -> Spoil:
@@ -187,15 +197,15 @@ BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
         ("missing, gguf", "export_gguf", [], remove("base/config.json"), "config.json"),
     ],
     "index": [
-        ("empty", "convert_hf_checkpoint", [], write(INDEX, ""), "index.json"),
-        ("a list", "convert_hf_checkpoint", [], write(INDEX, "[]"), "index.json"),
-        ("no map", "convert_hf_checkpoint", [], write(INDEX, "{}"), "no weight_map"),
-        ("a list as map", "doctor", [], write(INDEX, '{"weight_map": ["a"]}'), "no weight_map"),
+        ("empty", "convert_hf_checkpoint", [], index_text(""), "index.json"),
+        ("a list", "convert_hf_checkpoint", [], index_text("[]"), "index.json"),
+        ("no map", "convert_hf_checkpoint", [], index_text("{}"), "no weight_map"),
+        ("a list as map", "doctor", [], index_text('{"weight_map": ["a"]}'), "no weight_map"),
         ("a missing shard", "convert_hf_checkpoint", [], index(a="gone.safetensors"), "gone.safetensors is missing"),
         ("upwards", "convert_hf_checkpoint", [], index(a="../base/model.safetensors"), "not a file of"),
         ("absolute", "doctor", [], index(a="/etc/passwd"), "not a file of"),
         ("a number", "convert_hf_checkpoint", [], index(a=5), ""),
-        ("a promise", "convert_hf_checkpoint", [], index(a="model.safetensors"), "promises 'a'"),
+        ("a promise", "convert_hf_checkpoint", [], index(a="shard.safetensors"), "promises 'a'"),
         ("NUL", "convert_hf_checkpoint", [], index(a="a\0b.safetensors"), ""),
         ("itself", "convert_hf_checkpoint", [], index(a="model.safetensors.index.json"), ""),
     ],

@@ -271,15 +271,16 @@ def test_truncated_safetensors(tmp_path: Path, kept: int) -> None:
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ({"model.norm.weight": "../model.safetensors"}, "not a file of"),
+        ({"model.norm.weight": "../shard.safetensors"}, "not a file of"),
         ({"model.norm.weight": "gone.safetensors"}, "gone.safetensors is missing"),
-        ({"model.nothing": "model.safetensors"}, "promises 'model.nothing'"),
+        ({"model.nothing": "shard.safetensors"}, "promises 'model.nothing'"),
         ("text", "no weight_map"),
         ({}, "no weight_map"),
     ],
 )
 def test_an_index_that_lies(tmp_path: Path, weight_map: object, message: str) -> None:
     make_hf_llama(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "shard.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(InputError, match=message):
         convert_dir(tmp_path)
@@ -306,8 +307,9 @@ def test_a_bin_file_of_something_else(tmp_path: Path, change: object, message: s
 def test_a_weight_that_is_there_twice(tmp_path: Path) -> None:
     make_hf_llama(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "shard.safetensors")
     save_file({"model.norm.weight": weights["model.norm.weight"] + 5}, tmp_path / "stale.safetensors")
-    weight_map = dict.fromkeys(weights, "model.safetensors") | {"model.norm.weight": "stale.safetensors"}
+    weight_map = dict.fromkeys(weights, "shard.safetensors") | {"model.norm.weight": "stale.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(InputError, match=r"'model.norm.weight' is there twice"):
         convert_dir(tmp_path)

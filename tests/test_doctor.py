@@ -110,7 +110,12 @@ def change_weights(change: Callable[[dict], dict]) -> Callable[[Path], None]:
 
 def index_of_missing_shard(directory: Path) -> None:
     names = dict.fromkeys(load_file(directory / "model.safetensors"), "model-2.safetensors")
+    (directory / "model.safetensors").unlink()
     edit(directory / "model.safetensors.index.json", weight_map=names)
+
+
+def old_index(directory: Path) -> None:
+    edit(directory / "model.safetensors.index.json", weight_map={"model.norm.weight": "model-2.safetensors"})
 
 
 def tied_but_different(directory: Path) -> None:
@@ -215,6 +220,7 @@ def converted(spoil: Callable[[Path], None]) -> Callable[[Path], None]:
             converted(lambda d: edit(d / "config.json", rms_norm_eps=1e-3)),
             "config.json has changed since .*; run: python",
         ),
+        (old_index, "model.safetensors is read; model.safetensors.index.json is ignored, in transformers' order; del"),
         (converted(index_of_missing_shard), "the converted weights are whole, but .*model-2.safetensors is missing"),
     ],
 )

@@ -124,6 +124,34 @@ def test_bin_is_the_fallback_and_the_choice(download, tmp_path):
         assert "holds org/both" in download(hub.url, "--repo_id", "org/old", "--checkpoint_dir", "a b").error()
 
 
+def test_one_set_of_weights_is_taken_in_transformers_order(download, tmp_path):
+    """A single file before shards, whose names are those of the index; what lies in the folder besides is named."""
+    names_of_shards = ["model-1-of-2.safetensors", "part-two.safetensors"]
+    index = json.dumps({"weight_map": dict(zip("ab", names_of_shards, strict=True))}).encode()
+    shards = {"model.safetensors.index.json": index, **dict.fromkeys(names_of_shards, WEIGHTS)}
+    pickled = {"pytorch_model.bin": WEIGHTS, "pytorch_model.bin.index.json": index, "pytorch_model-1-of-1.bin": WEIGHTS}
+    repos = {
+        "org/all": Repo(BASE | shards | pickled | {"model.safetensors": WEIGHTS}),
+        "org/shards": Repo(BASE | shards | pickled),
+        "org/lone": Repo(BASE | {"model-1-of-2.safetensors": WEIGHTS, "pytorch_model.bin": WEIGHTS}),
+        "org/cut": Repo(BASE | {name: shards[name] for name in list(shards)[:2]}),
+    }
+    with HubServer(repos) as hub:
+        download(hub.url, "--repo_id", "org/all").ok()
+        assert names(folder(tmp_path, "org/all")) == {*BASE, "model.safetensors"}
+        download(hub.url, "--repo_id", "org/all", "--from_safetensors", "false", "--checkpoint_dir", "bin").ok()
+        assert names(tmp_path / "bin") == {*BASE, "pytorch_model.bin"}
+        folder(tmp_path, "org/shards").mkdir(parents=True)
+        (folder(tmp_path, "org/shards") / "model.safetensors").write_bytes(b"mine")
+        said = download(hub.url, "--repo_id", "org/shards").ok()
+        assert names(folder(tmp_path, "org/shards")) == {*BASE, *shards, "model.safetensors"}
+        assert "model.safetensors is read; model.safetensors.index.json, model-1-of-2.safetensors, part-two" in said
+        download(hub.url, "--repo_id", "org/lone").ok()
+        assert names(folder(tmp_path, "org/lone")) == {*BASE, "pytorch_model.bin"}
+        error = download(hub.url, "--repo_id", "org/cut").error()
+        assert "org/cut is itself incomplete: it lacks part-two.safetensors" in error
+
+
 def test_an_unusable_repository_is_refused_before_anything_is_written(download, tmp_path):
     repos = {"org/gguf": Repo({"model.gguf": WEIGHTS, "README.md": b""}), "org/lone": Repo({"model.safetensors": b"x"})}
     with HubServer(repos) as hub:

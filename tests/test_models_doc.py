@@ -9,10 +9,12 @@ from pathlib import Path
 
 from conftest import ROOT
 from family_variants import VARIANTS
+from wrapped_models import WRAPPED
 
 from lit_sft.families import FAMILIES
 from lit_sft.families.family import Family
 from lit_sft.families.repositories import REPOSITORIES
+from lit_sft.families.wrappers import WRAPPERS, Wrapper
 from lit_sft.styles import PROMPT_STYLES
 
 PAGE = ROOT / "docs" / "models.md"
@@ -45,6 +47,13 @@ def variants_of(family: Family) -> list[str]:
     return [name for name, variant in VARIANTS.items() if variant.model_type in family.model_types]
 
 
+def texts_of(wrapper: Wrapper) -> list[str]:
+    """The families of the text models that a wrapper is tested around."""
+    wrapped = [w for w in WRAPPED.values() if f"{w.name}ForConditionalGeneration" == wrapper.architecture]
+    kinds = {wrapper.same_as or w.text.get("model_type", wrapper.text_model_type) for w in wrapped}
+    return [family.name for family in FAMILIES if kinds & {*family.model_types}]
+
+
 def tables() -> dict[str, str]:
     """The generated parts of the page by name."""
     families = [
@@ -63,9 +72,12 @@ def tables() -> dict[str, str]:
             "; ".join(variants_of(family)),
         )
         families.append(f"| {' | '.join(cells)} |")
+    wrappers = ["| architecture | model_type | text models tested |", "|---|---|---|"]
+    wrappers += [f"| `{w.architecture}` | `{w.model_type}` | {', '.join(texts_of(w))} |" for w in WRAPPERS]
     repositories = ["| | repositories |", "|---|---|"]
     repositories += [f"| {name} | {', '.join(found)} |" for name, found in REPOSITORIES.items()]
-    return {"families": "\n".join(families), "repositories": "\n".join(repositories)}
+    found = {"families": families, "wrappers": wrappers, "repositories": repositories}
+    return {name: "\n".join(lines) for name, lines in found.items()}
 
 
 def written(page: str) -> str:
@@ -85,6 +97,7 @@ def test_the_page_is_what_the_code_says() -> None:
 def test_every_family_is_tested_and_described() -> None:
     assert PUBLISHED.keys() == {family.name for family in FAMILIES}
     assert all(variants_of(family) for family in FAMILIES)
+    assert all(texts_of(wrapper) for wrapper in WRAPPERS)
     assert sum(len(variants_of(family)) for family in FAMILIES) == len(VARIANTS)
     assert {style for _, styles in PUBLISHED.values() for style in styles} <= PROMPT_STYLES.keys()
 

@@ -55,7 +55,25 @@ def with_peft(reference: torch.nn.Module, directory: Path) -> torch.Tensor:
     found = sum(".lora_" in name and ".lora_B" in name for name, _ in model.named_parameters())
     assert found > 0
     assert all(p.abs().max() > 0 for name, p in model.named_parameters() if ".lora_B" in name)
+    result = model.load_adapter(directory, "again")
+    assert not result.missing_keys and not result.unexpected_keys
     return logits_of(model, IDS)
+
+
+# spellings that transformers' own class does not know or reads otherwise
+UNKNOWN_THERE = (
+    *("falcon 7b of RefinedWebModel", "falcon 40b of RefinedWeb", "stablelm of stablelm_epoch"),
+    *("phi 3 of su", "llama condensed rope", "gemma3, old spelling"),
+)
+
+
+def as_loaded(base: Path, reference: torch.nn.Module, name: str) -> torch.nn.Module:
+    """The base as transformers loads it from its own folder, where it does."""
+    from transformers import AutoModelForCausalLM
+
+    if name in UNKNOWN_THERE:
+        return reference
+    return AutoModelForCausalLM.from_pretrained(base, attn_implementation=VARIANTS[name].attention).eval()
 
 
 PARTS = {
@@ -80,7 +98,7 @@ def check_there_and_back(tmp_path: Path, name: str, parts: str) -> None:
     assert configs[0] == configs[1]
     assert (back / "adapter.safetensors").read_bytes() == (tmp_path / "adapter" / "adapter.safetensors").read_bytes()
     assert (expected - logits_of(reference, IDS)).abs().max() > 1e-2
-    assert (with_peft(reference, out) - expected).abs().max() < 2e-5
+    assert (with_peft(as_loaded(base, reference, name), out) - expected).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -201,6 +219,19 @@ def test_a_pickled_adapter_is_read(tmp_path: Path) -> None:
     with torch.no_grad():
         assert (load_model(base, adapter)(IDS) - expected).abs().max() < 2e-5
     assert json.loads((adapter / "adapter_config.json").read_text())["prompt_style"] == "chat-template"
+
+
+def test_of_two_files_the_one_that_peft_reads_is_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    reference, base = base_of(tmp_path / "hub", "llama grouped-query")
+    saved_by_peft(reference, tmp_path / "peft", target_modules=["v_proj"])
+    weights = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    torch.save({name: w + 1 for name, w in weights.items()}, tmp_path / "peft" / "adapter_model.bin")
+    (base / "tokenizer.json").write_text(TOKENIZER)
+    adapter = imported(tmp_path / "peft", base, tmp_path / "ours", prompt_style="plain")
+    assert "adapter_model.safetensors is read, as by peft; adapter_model.bin is ignored" in capsys.readouterr().out
+    there = with_peft(make_reference(tmp_path / "again", VARIANTS["llama grouped-query"]), tmp_path / "peft")
+    with torch.no_grad():
+        assert (load_model(base, adapter)(IDS) - there).abs().max() < 2e-5
 
 
 REFUSED = {

@@ -61,8 +61,19 @@ def read_config(path: Path) -> ModelConfig:
     return find_family(content).read_config(content)
 
 
+TEXT = {key: value for key, value in HF_CONFIG.items() if key != "architectures"}
+WRAPPED = {
+    "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": TEXT,
+    "vision_config": {"hidden_size": 32}, "tie_word_embeddings": False,
+}  # fmt: skip
+SIDE_BY_SIDE = TEXT | {
+    "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl", "vision_config": {"depth": 1},
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "attention_bias": None,
+}  # fmt: skip
+
+
 @QUICK
-@given(content=damaged(HF_CONFIG))
+@given(content=damaged(HF_CONFIG) | damaged(WRAPPED) | damaged({**WRAPPED, **TEXT}) | damaged(SIDE_BY_SIDE))
 def test_config_json(tmp_path: Path, content: bytes) -> None:
     """What is accepted is a model whose sizes are positive and bounded."""
     path = tmp_path / "config.json"
@@ -85,7 +96,10 @@ def test_model_config_json(tmp_path: Path, content: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("index") / "raw")
+    """A checkpoint in one shard, which is read where an index says so."""
+    raw = make_checkpoint(tmp_path_factory.mktemp("index") / "raw")
+    (raw / "model.safetensors").rename(raw / "shard.safetensors")
+    return raw
 
 
 @settings(QUICK, max_examples=60)
@@ -93,7 +107,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content=SOUP
     | st.dictionaries(
         st.sampled_from(["lm_head.weight", "model.norm.weight", "x", ""]),
-        ANY | st.sampled_from(["model.safetensors", "../raw/model.safetensors", "lit_model.safetensors", "."]),
+        ANY | st.sampled_from(["shard.safetensors", "../raw/shard.safetensors", "lit_model.safetensors", "."]),
     ).map(lambda weight_map: json.dumps({"weight_map": weight_map}).encode())
 )
 def test_an_index(raw: Path, content: bytes) -> None:
@@ -102,7 +116,7 @@ def test_an_index(raw: Path, content: bytes) -> None:
     found = refuses_or_gives(path, content, lambda: source_weights(raw))
     if found is not None:
         names = {weight.name for weight in found}
-        assert names <= load_file(raw / "model.safetensors").keys() | load_file(raw / "lit_model.safetensors").keys()
+        assert names <= load_file(raw / "shard.safetensors").keys() | load_file(raw / "lit_model.safetensors").keys()
         assert all(Path(name).parent == Path() for name in json.loads(content)["weight_map"].values())
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError
 from lit_sft.families.fields import Fields
 from lit_sft.families.rotary import respell_rope
+from lit_sft.families.wrappers import ANY, Wrapper
 
 if TYPE_CHECKING:  # the list of repositories is read without torch
     from torch import Tensor
@@ -76,6 +77,12 @@ class Family:
     overrides_tokenizer_class: bool = False
     """Whether ``tokenizer_class`` holds against one that tokenizer_config.json names
     (MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS)."""
+    modules: dict[str, str] = field(default_factory=dict)
+    """Modules that transformers 5 calls otherwise than the files: their name there by the one here."""
+    defaults: dict[str, int] = field(default_factory=dict)
+    """What a wrapper's ``text_config`` means that leaves a field out: the values of transformers' own class."""
+    wrapper: Wrapper | None = None
+    """The multimodal architecture that a config.json is of; None: it is the text model's own."""
 
     def read_config(self, hf_config: dict) -> ModelConfig:
         """ModelConfig of a config.json; InputError names a field that is missing, wrong or not supported."""
@@ -83,7 +90,7 @@ class Family:
 
     def read_fields(self, hf_config: dict) -> tuple[ModelConfig, Fields]:
         """As ``read_config``, with the fields, which know what was read of them."""
-        fields = Fields(text_config(hf_config))
+        fields = Fields(self._text_fields(hf_config))
         try:
             config = self.read(fields)
         except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
@@ -91,17 +98,33 @@ class Family:
         fields.check_unread(self.name)
         return config, fields
 
+    def _text_fields(self, hf_config: dict) -> dict:
+        """The fields that say what the text model computes."""
+        if self.wrapper is None:
+            return text_config(hf_config)
+        silent = {} if self.wrapper.same_as else self.defaults
+        text = silent | self.wrapper.text_of(hf_config)
+        return text_config(self.wrapper.outer_of(hf_config) | {"text_config": text})
+
     def exported_config(self, hf_config: dict) -> dict:
         """The config.json of the weights under the names that are written: a multimodal model's text model alone."""
-        text = text_config(hf_config)
-        if text is hf_config:
+        hf_config = {key: value for key, value in hf_config.items() if key != "transformers_weights"}  # a file's name
+        if self.wrapper is None:
             return respell_rope(self.respell(hf_config))
-        kept = {key: value for key, value in text.items() if key not in ("vision_config", "audio_config")}
-        return respell_rope(kept) | {"architectures": [self.architectures[0]], "model_type": self.model_types[0]}
+        outer = {key: value for key, value in self.wrapper.outer_of(hf_config).items() if key in OF_THE_WHOLE}
+        text = text_config(outer | {"text_config": self.wrapper.text_of(hf_config)})
+        return respell_rope(text) | {"architectures": [self.architectures[0]], "model_type": self.model_types[0]}
 
     def names(self, config: ModelConfig) -> WeightNames:
         """The names of all weights of one model."""
         return WeightNames(self, config)
+
+
+OF_THE_WHOLE = (
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+    *("tie_word_embeddings", "dtype", "torch_dtype", "transformers_version"),
+)
+"""Fields of a multimodal config.json that go on to its text model's where that has none."""
 
 
 def text_config(hf_config: dict) -> dict:
@@ -127,13 +150,28 @@ class WeightNames:
 
     def find(self, hf_name: str) -> tuple[Target, list[str]] | None:
         """What a Hub tensor is, with the numbers in its name; None: ignored. InputError names an unknown one."""
-        for name in (hf_name, self.family.prefix + hf_name):
+        wrapper, prefix = self.family.wrapper, self.family.prefix
+        if self.of_another_part(hf_name):
+            return None
+        text_name = wrapper.text_name(hf_name, prefix) if wrapper else hf_name
+        for name in (text_name, prefix + text_name):
             template, numbers = split_numbers(name)
             if template in self.targets:
                 return self.targets[template], numbers
             if any(re.fullmatch(pattern, name) for pattern in self.family.ignored):
                 return None
         raise InputError(f"weight {hf_name!r} is unknown to the {self.family.name} family; nothing was converted")
+
+    def of_another_part(self, hf_name: str) -> bool:
+        """True for a weight or module of the rest of a multimodal model, which is not read."""
+        wrapper = self.family.wrapper
+        return wrapper is not None and re.fullmatch(wrapper.others, hf_name) is not None
+
+    def in_any_wrapper(self) -> WeightNames:
+        """These names, and those that the weights have in a multimodal model."""
+        if self.family.wrapper or self.family.prefix != "model.":
+            return self
+        return WeightNames(replace(self.family, wrapper=ANY), self.config)
 
     def source(self, lit_name: str) -> tuple[str, Target, list[str]]:
         """Where one of our weights goes on the Hub: the name with ``{}`` for numbers, what it is, the numbers."""
@@ -144,7 +182,25 @@ class WeightNames:
     def hf_name(self, lit_name: str) -> str:
         """The Hub's name of one of our weights; of a stacked one the name of its first row."""
         theirs, _, numbers = self.source(lit_name)
-        return theirs.format(*numbers, 0)
+        name, wrapper = theirs.format(*numbers, 0), self.family.wrapper
+        return wrapper.file_name(name, self.family.prefix, wrapper.prefixes[0]) if wrapper else name
+
+    def module_name(self, hf_name: str) -> str:
+        """The path of the module in transformers 5 whose weight a file of the text model alone calls ``hf_name``."""
+        name = hf_name.removesuffix(".weight")
+        name = self.family.modules.get(name, name)
+        wrapper, prefix = self.family.wrapper, self.family.prefix
+        if wrapper and name.startswith(prefix):
+            return wrapper.module + name.removeprefix(prefix)
+        return name
+
+    def spelled_as(self, source: list[str], hf_name: str) -> str:
+        """The name of a text model's weight in the files of the whole, which name their weights as in ``source``."""
+        wrapper, prefix = self.family.wrapper, self.family.prefix
+        if wrapper is None:
+            return hf_name
+        starts = (start for start in wrapper.prefixes if any(name.startswith(start) for name in source))
+        return wrapper.file_name(hf_name, prefix, next(starts, wrapper.prefixes[0]))
 
 
 def _name(target: Target) -> str:

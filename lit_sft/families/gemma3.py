@@ -1,7 +1,6 @@
 """Gemma 3's text model: Gemma 2 with normed queries and keys for soft-caps, five windowed layers to one.
 
-The configs of multimodal checkpoints hold it as ``text_config``, their files behind a prefix; images are not read.
-Source: transformers' Gemma3TextConfig, Gemma3ForCausalLM and Gemma3ForConditionalGeneration.
+Source: transformers' Gemma3TextConfig and Gemma3ForCausalLM.
 """
 
 from lit_sft.config import ModelConfig
@@ -21,12 +20,10 @@ DEFAULTS = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
-PREFIXES = ("model.", "language_model.model.", "model.language_model.")
 
 
 def read(fields: Fields) -> ModelConfig:
-    """ModelConfig of a Gemma 3 config.json, the text model's of a multimodal one."""
-    fields.get("vision_config")  # its tower is left out
+    """ModelConfig of a Gemma 3 config.json."""
     fields.content = DEFAULTS | fields.content
     pattern = fields.get("sliding_window_pattern", "_sliding_window_pattern", default=6)
     shape = read_shape(fields, 131072, 256, tied=True, theta=1e6, local_theta=1e4)
@@ -40,23 +37,19 @@ def read(fields: Fields) -> ModelConfig:
 
 
 def weight_map(config: ModelConfig) -> dict[str, Target]:
-    """Gemma 2's names and two norms; behind a prefix, older or newer, in multimodal files."""
-    names = gemma2_weight_map(config) | {
+    """Gemma 2's names and two norms."""
+    return gemma2_weight_map(config) | {
         "model.layers.{}.self_attn.q_norm.weight": "blocks.{}.attn.query_norm.weight",
         "model.layers.{}.self_attn.k_norm.weight": "blocks.{}.attn.key_norm.weight",
     }
-    head = names.pop("lm_head.weight")
-    prefixed = {prefix + name.removeprefix("model."): ours for prefix in PREFIXES for name, ours in names.items()}
-    return prefixed | {"lm_head.weight": head, "language_model.lm_head.weight": head}
 
 
 FAMILY = Family(
     name="Gemma 3",
-    architectures=("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
-    model_types=("gemma3_text", "gemma3"),
+    architectures=("Gemma3ForCausalLM",),
+    model_types=("gemma3_text",),
     read=read,
     weight_map=weight_map,
     gguf="gemma3",
-    ignored=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
     tokenizer_class="GemmaTokenizer",
 )

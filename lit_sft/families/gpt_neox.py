@@ -63,6 +63,7 @@ FAMILY = Family(
     weight_map=weight_map,
     prefix="gpt_neox.",
     gguf="gptneox",
+    modules={"embed_out": "lm_head"},
     ignored=(
         r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
         r"gpt_neox\.rotary_emb\.inv_freq",

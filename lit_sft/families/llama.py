@@ -68,6 +68,15 @@ def weight_map(config: ModelConfig) -> dict[str, Target]:
     }
 
 
+DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+
+
 FAMILY = Family(
     name="Llama",
     architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
@@ -75,5 +84,6 @@ FAMILY = Family(
     read=read,
     weight_map=weight_map,
     gguf="llama",
+    defaults=DEFAULTS,
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq"),
 )

@@ -22,6 +22,15 @@ def read(fields: Fields, window: int | None = 4096, norm_eps: float = 1e-6, thet
     )
 
 
+DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+
+
 FAMILY = Family(
     name="Mistral",
     architectures=("MistralForCausalLM",),
@@ -29,6 +38,7 @@ FAMILY = Family(
     read=read,
     weight_map=LLAMA.weight_map,
     gguf="llama",
+    defaults=DEFAULTS,
     ignored=LLAMA.ignored,
     tokenizer_class="TokenizersBackend",
 )

@@ -23,6 +23,16 @@ def read_later_window(fields: Fields) -> dict:
     return read_window(fields, fields.need("num_hidden_layers"), lambda layer: layer >= first, 4096, used)
 
 
+DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
+
+
 FAMILY = Family(
     name="Qwen2",
     architectures=("Qwen2ForCausalLM",),
@@ -32,4 +42,5 @@ FAMILY = Family(
     gguf="qwen2",
     tokenizer_class="Qwen2Tokenizer",
     overrides_tokenizer_class=True,
+    defaults=DEFAULTS,
 )

@@ -8,7 +8,7 @@ from lit_sft.families.family import Family, Target
 from lit_sft.families.fields import Fields
 from lit_sft.families.llama import read_bias, read_shape
 from lit_sft.families.llama import weight_map as llama_weight_map
-from lit_sft.families.qwen2 import read_later_window
+from lit_sft.families.qwen2 import DEFAULTS, read_later_window
 
 
 def read(fields: Fields) -> ModelConfig:
@@ -38,4 +38,5 @@ FAMILY = Family(
     weight_map=weight_map,
     gguf="qwen3",
     tokenizer_class="Qwen2Tokenizer",
+    defaults=DEFAULTS,
 )
