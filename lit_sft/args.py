@@ -81,6 +81,9 @@ class ConvertArgs(Args):
 
     checkpoint_dir: str | None = arg(None, "downloaded checkpoint, with or without checkpoints/ in front")
     dtype: Literal["float32", "bfloat16", "float16"] | None = arg(None, "precision to store (default: the source's)")
+    accept_config_key: str | None = arg(
+        None, "fields of config.json that you know to change nothing, with commas between: they are not read"
+    )
     model_name: str | None = arg(None, "accepted as in Lit-GPT, without effect: config.json says what the model is")
     verify: bool = arg(False, "compare the logits with those of transformers; needs 4 bytes of memory per parameter")
 

@@ -19,6 +19,7 @@ from lit_sft.documents import read_json
 from lit_sft.errors import InputError
 from lit_sft.families import find_family
 from lit_sft.layout import (
+    ACCEPTED,
     ADAPTER_CONFIG,
     ADAPTER_DIR,
     ADAPTER_WEIGHTS,
@@ -285,6 +286,8 @@ def save_model(directory: Path, model: GPT, source_dir: Path, facts: dict) -> No
     Of a multimodal ``source_dir`` the config.json is the text model's alone, which is what the directory then holds.
     """
     names = copied_files(source_dir)
+    if accepted := Manifest.read(source_dir).facts.get(ACCEPTED):
+        facts = facts | {ACCEPTED: accepted}
     hf_config = read_json(source_dir / HF_CONFIG)
     family = find_family(hf_config)
     if family.wrapper:  # the rest of a multimodal model does not come along

@@ -18,7 +18,7 @@ from lit_sft.documents import read_json
 from lit_sft.errors import InputError
 from lit_sft.families import find_family
 from lit_sft.families.family import Family, Fused, Stacked, Target, WeightNames
-from lit_sft.layout import HF_CONFIG, resolve_checkpoint_dir
+from lit_sft.layout import ACCEPTED, HF_CONFIG, resolve_checkpoint_dir
 from lit_sft.locks import lock
 from lit_sft.model import GPT
 from lit_sft.weight_files import adapter_note, choose_weights
@@ -38,21 +38,43 @@ def convert_checkpoint(args: ConvertArgs) -> Path:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     try:
         family = find_family(hf_config)
-        told = family.read_config(hf_config)
+        accepted = _accepted(args.accept_config_key, hf_config)
+        leftover = leftover_quantization(hf_config, source)
+        told, fields = family.read_fields(hf_config, accepted + leftover)
         config = with_vocabulary_of(source, family, told)
         weights = to_lit(source, family, config, dtype)
     except InputError as error:
         raise InputError("; ".join(filter(None, (f"{directory}: {error}", files_note)))) from None
     notes = [files_note, adapter_note(directory)]
+    notes += [f"config.json: {note}" for note in fields.notes]
+    notes.append(f"config.json: {', '.join(accepted)}: not read, as you say" if accepted else None)
+    notes.append("config.json: quantization_config: not read, all weights are in full precision" if leftover else None)
+    accepted += leftover
     notes.append(vocabulary_note(told, config) if config != told else None)
     for note in filter(None, notes):
         print(f"notice: {note}")
     with lock(directory), renewing(directory, "lit_model*") as folder:
-        write_checkpoint(folder, config, weights, {"family": family.name})
+        facts = {"family": family.name} | ({ACCEPTED: accepted} if accepted else {})
+        write_checkpoint(folder, config, weights, facts)
     n_parameters = sum(torch.Size(w.shape).numel() for w in weights)
     dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in weights})
     print(f"{directory}: {family.name}, {n_parameters:,} parameters, {', '.join(dtypes)}, context {config.block_size}")
     return directory
+
+
+def _accepted(given: str | None, hf_config: dict) -> list[str]:
+    """The fields of config.json that --accept_config_key names; InputError for one that is not there."""
+    names = [name for part in (given or "").split(",") if (name := part.strip())]
+    known = hf_config.keys() | (hf_config.get("text_config") or {}).keys()
+    if absent := [name for name in names if name not in known]:
+        raise InputError(f"--accept_config_key {absent[0]}: config.json has no such field; leave it out")
+    return names
+
+
+def leftover_quantization(hf_config: dict, source: list[Weight]) -> list[str]:
+    """The name of a quantization_config that says nothing of these weights: none has fewer than 16 bits."""
+    is_full = all(weight.dtype.is_floating_point and weight.dtype.itemsize >= 2 for weight in source)
+    return ["quantization_config"] if hf_config.get("quantization_config") and is_full else []
 
 
 def with_vocabulary_of(source: list[Weight], family: Family, config: ModelConfig) -> ModelConfig:

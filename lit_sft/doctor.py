@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 
 from lit_sft.args import DoctorArgs
+from lit_sft.atomic import Manifest
 from lit_sft.checkpoint import check_model
 from lit_sft.config import ModelConfig
 from lit_sft.convert import (
+    leftover_quantization,
     open_safetensors,
     source_weights,
     to_lit,
@@ -21,9 +23,10 @@ from lit_sft.convert import (
 from lit_sft.documents import read_json
 from lit_sft.errors import InputError
 from lit_sft.families import find_family
+from lit_sft.families.bookkeeping import BOOKKEEPING
 from lit_sft.families.family import Family
 from lit_sft.families.fields import NEUTRAL
-from lit_sft.layout import HF_CONFIG, MANIFEST, resolve_checkpoint_dir
+from lit_sft.layout import ACCEPTED, HF_CONFIG, MANIFEST, resolve_checkpoint_dir
 from lit_sft.prompts import style_label
 from lit_sft.samples import default_style, stop_ids
 from lit_sft.styles import PROMPT_STYLES
@@ -32,13 +35,6 @@ from lit_sft.weight_files import adapter_note, choose_weights, weight_names
 from lit_sft.weights import Weight
 
 SHAPE = ("n_layer", "n_embd", "n_head", "n_query_groups", "head_size", "vocab_size", "block_size", "intermediate_size")
-# fields that say nothing about what is computed
-BOOKKEEPING = """
-    _name_or_path architectures attention_dropout auto_map bos_token_id cache_implementation classifier_dropout dtype
-    embd_pdrop eos_token_id hidden_dropout id2label initializer_range label2id model_type output_attentions
-    output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type resid_pdrop return_dict
-    router_aux_loss_coef torch_dtype transformers_version unsloth_version unsloth_fixed use_cache
-"""
 
 
 @dataclass
@@ -88,7 +84,8 @@ def _model(directory: Path, found: Findings) -> ModelConfig | None:
     family = find_family(hf_config)
     architecture = ", ".join(hf_config.get("architectures") or [f"model_type {hf_config.get('model_type')}"])
     found.lines["family"] = f"{family.name} ({architecture})"
-    config, fields = family.read_fields(hf_config)
+    config, fields = family.read_fields(hf_config, _accepted(directory, hf_config))
+    found.lines |= {"notes": "; ".join(fields.notes)} if fields.notes else {}
     config = _fitted(directory, family, config, found)
     found.lines["shape"] = ", ".join(f"{name} {getattr(config, name)}" for name in SHAPE)
     plain = asdict(ModelConfig(**{name: getattr(config, name) for name in SHAPE}))
@@ -96,11 +93,21 @@ def _model(directory: Path, found: Findings) -> ModelConfig | None:
     found.lines["switches"] = ", ".join(switches) or "none"
     n_parameters = sum(torch.Size(shape).numel() for shape in weight_shapes(config).values())
     found.lines["parameters"] = f"{n_parameters:,}"
-    if unread := sorted(fields.content.keys() - fields.read - NEUTRAL.keys() - set(BOOKKEEPING.split())):
+    if unread := sorted(fields.content.keys() - fields.read - NEUTRAL.keys() - BOOKKEEPING):
         found.lines["not read"] = ", ".join(unread)
     with found.part():
         _weights(directory, family, config, found)
     return config
+
+
+def _accepted(directory: Path, hf_config: dict) -> list[str]:
+    """The fields of config.json that conversion was told, or finds, to change nothing."""
+    if (directory / MANIFEST).is_file():
+        return Manifest.read(directory).facts.get(ACCEPTED, [])
+    try:
+        return leftover_quantization(hf_config, source_weights(directory))
+    except InputError:  # which is said by who looks at the weights
+        return []
 
 
 def _fitted(directory: Path, family: Family, told: ModelConfig, found: Findings) -> ModelConfig:

@@ -19,6 +19,7 @@ from lit_sft.errors import InputError
 from lit_sft.families import find_family
 from lit_sft.families.family import Family
 from lit_sft.layout import (
+    ACCEPTED,
     GENERATION_CONFIG,
     HF_CONFIG,
     HF_WEIGHTS,
@@ -62,7 +63,7 @@ def open_source(checkpoint_dir: str | None, lora_path: str | None, dtype: str | 
     hf_config, config = read_json(directory / HF_CONFIG), ModelConfig.from_dir(directory)
     try:
         family = find_family(hf_config)
-        family.read_config(hf_config)  # which may have been edited since
+        family.read_config(hf_config, manifest.facts.get(ACCEPTED, ()))  # which may have been edited since
     except InputError as error:
         raise InputError(f"{directory}: {error}") from None
     files = [name for name in sorted(manifest.files) if name.endswith(".safetensors")]

@@ -11,6 +11,8 @@ MANIFEST = "manifest.json"
 # checkpoint_dir
 HF_CONFIG = "config.json"
 MODEL_CONFIG = "model_config.json"
+ACCEPTED = "accepted_config_keys"
+"""The fact of a checkpoint_dir's manifest that says which fields of config.json a person knows to change nothing."""
 MODEL_WEIGHTS = "lit_model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.model",

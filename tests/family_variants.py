@@ -1,5 +1,6 @@
 """The architectures and switches that the tests of families go through, each with what turns its switches off."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -369,6 +370,14 @@ VARIANTS |= {
     "llama rope llama3, old spelling": Variant("llama", rope("llama3", **LLAMA3), SCALING_OFF, old_spelling()),
     "llama rope yarn": Variant(
         "llama", rope("yarn", **YARN), {**SCALING_OFF, "factor": {"rope_attention_factor": 1.0}}
+    ),
+    "llama rope yarn, two mscales": Variant(
+        "llama",
+        rope("yarn", **YARN, mscale=2.0, mscale_all_dim=0.5),
+        {"mscales": {"rope_attention_factor": 0.1 * math.log(YARN["factor"]) + 1}},
+    ),
+    "llama rope yarn, fields of others": Variant(
+        "llama", rope("yarn", **YARN, attn_factor=0.5, finetuned=True, mscale=0.7), SCALING_OFF
     ),
     "llama rope yarn, all its fields": Variant(
         "llama",

@@ -89,6 +89,8 @@ def test_switches_and_fields_that_are_not_read(tmp_path: Path, tokenizer_model: 
     make_reference(tmp_path, VARIANTS["gemma3 linear"], vocab_size=400)
     (tmp_path / "tokenizer.model").write_bytes(tokenizer_model)
     edit(tmp_path / "config.json", mystery=7, use_cache=True)
+    assert "mystery = 7: nobody here knows" in doctor(tmp_path)[1]
+    edit(tmp_path / "config.json", mystery=False, quantization_config={"bits": 4})  # beside whole weights
     text, error = doctor(tmp_path)
     assert not error
     for switch in ("norm_unit_offset True", "sliding_window 24", "sliding_layers 2 of 3", "rope_type linear"):
@@ -127,7 +129,7 @@ def tied_but_different(directory: Path) -> None:
     [
         (remove("config.json"), "config.json is missing; download"),
         (lambda d: edit(d / "config.json", architectures=["GPT9"]), "no known family"),
-        (lambda d: edit(d / "config.json", quantization_config={"bits": 4}), "quantization_config = .* not supported"),
+        (lambda d: edit(d / "config.json", use_gated_attention=True), "use_gated_attention = True: nobody here knows"),
         (remove("model.safetensors"), "holds no model.safetensors .* download it first"),
         (index_of_missing_shard, "model-2.safetensors is missing, though the index names it"),
         (change_weights(lambda w: {k: v for k, v in w.items() if "norm.weight" not in k}), "is missing from the check"),

@@ -155,7 +155,7 @@ def test_model_type_decides_where_architectures_is_absent(name: str) -> None:
         ("falcon 7b", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
         ("falcon 7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn = 2"),
         ("falcon 40b", {"num_ln_in_parallel_attn": 3}, "num_ln_in_parallel_attn = 3"),
-        ("falcon 40b", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("falcon 40b", {"residual_scale": 0.5}, "residual_scale"),
         ("stablelm 3b", {"rotary_scaling_factor": 2.0}, "rotary_scaling_factor = 2.0"),
         ("stablelm 3b", {"attention_bias": True}, "attention_bias = True"),
         ("stablelm alpha v2", {"rotary_scaling_factor": 2.0}, "rotary_scaling_factor = 2.0"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -84,18 +84,24 @@ class Family:
     wrapper: Wrapper | None = None
     """The multimodal architecture that a config.json is of; None: it is the text model's own."""
 
-    def read_config(self, hf_config: dict) -> ModelConfig:
-        """ModelConfig of a config.json; InputError names a field that is missing, wrong or not supported."""
-        return self.read_fields(hf_config)[0]
+    def read_config(self, hf_config: dict, accepted: Collection[str] = ()) -> ModelConfig:
+        """ModelConfig of a config.json; InputError names a field that is missing, wrong, unknown or not supported.
 
-    def read_fields(self, hf_config: dict) -> tuple[ModelConfig, Fields]:
+        ``accepted``: fields that a person knows to change nothing.
+        """
+        return self.read_fields(hf_config, accepted)[0]
+
+    def read_fields(self, hf_config: dict, accepted: Collection[str] = ()) -> tuple[ModelConfig, Fields]:
         """As ``read_config``, with the fields, which know what was read of them."""
         fields = Fields(self._text_fields(hf_config))
         try:
-            config = self.read(fields)
+            config = _within_a_chunk(self.read(fields), fields)
         except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise InputError(f"config.json: a field has the wrong type or value ({error})") from None
-        fields.check_unread(self.name)
+        # what an outer config says of images is not the text model's
+        outer = hf_config.keys() - self.wrapper.text_of(hf_config).keys() if self.wrapper else ()
+        fields.check_known(self.name, accepted)
+        fields.check_unknown(self.name, {*accepted, *outer})
         return config, fields
 
     def _text_fields(self, hf_config: dict) -> dict:
@@ -120,6 +126,8 @@ class Family:
         return WeightNames(self, config)
 
 
+BUFFERS = r"(.*\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+"""What older versions of transformers saved, and every one makes from config.json."""
 OF_THE_WHOLE = (
     *("bos_token_id", "eos_token_id", "pad_token_id"),
     *("tie_word_embeddings", "dtype", "torch_dtype", "transformers_version"),
@@ -137,6 +145,19 @@ def text_config(hf_config: dict) -> dict:
     return outer | text | tied
 
 
+def _within_a_chunk(config: ModelConfig, fields: Fields) -> ModelConfig:
+    """A context within which dual chunk attention is plain attention: that of its first chunk."""
+    chunks = fields.get("dual_chunk_attention_config", default={})
+    if not chunks:
+        return config
+    chunk_size = chunks["chunk_size"] if isinstance(chunks, dict) and type(chunks.get("chunk_size")) is int else 0
+    if chunk_size < 1:
+        raise InputError(f"config.json: dual_chunk_attention_config = {chunks!r:.99} has no chunk_size")
+    if chunk_size < config.block_size:
+        fields.notes.append(f"dual_chunk_attention_config: the context is its first chunk, {chunk_size} tokens")
+    return replace(config, block_size=min(config.block_size, chunk_size))
+
+
 class WeightNames:
     """The weights of one model by their names on both sides."""
 
@@ -151,7 +172,7 @@ class WeightNames:
     def find(self, hf_name: str) -> tuple[Target, list[str]] | None:
         """What a Hub tensor is, with the numbers in its name; None: ignored. InputError names an unknown one."""
         wrapper, prefix = self.family.wrapper, self.family.prefix
-        if self.of_another_part(hf_name):
+        if self.of_another_part(hf_name) or re.fullmatch(BUFFERS, hf_name):
             return None
         text_name = wrapper.text_name(hf_name, prefix) if wrapper else hf_name
         for name in (text_name, prefix + text_name):

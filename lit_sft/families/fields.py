@@ -1,8 +1,10 @@
 """The fields of a config.json, and the refusal of those that would change the computation unread."""
 
+from collections.abc import Collection
 from typing import Any
 
 from lit_sft.errors import InputError
+from lit_sft.families.bookkeeping import BOOKKEEPING
 
 OFF = """
     add_bias_linear add_cross_attention add_qkv_bias alibi apply_residual_connection_post_layernorm attention_bias
@@ -73,6 +75,8 @@ class Fields:
     def __init__(self, content: dict) -> None:
         self.content = content
         self.read: set[str] = set()
+        self.notes: list[str] = []
+        """What is to be said of fields that are there and not computed."""
 
     def get(self, *names: str, default: Any = None) -> Any:
         """The value of a field that may have several spellings; null is absent."""
@@ -125,11 +129,32 @@ class Fields:
             raise InputError(f"config.json: {names[0]} = {value!r} is not supported; supported: {', '.join(known)}")
         return known[value]
 
-    def check_unread(self, family: str) -> None:
-        """InputError for a field that the family did not read and whose value is not neutral."""
+    def check_unknown(self, family: str, accepted: Collection[str]) -> None:
+        """InputError for a field of which it is not known whether it changes the computation.
+
+        ``accepted``: fields that a person knows to change nothing. Null, false and what is empty mean that a field is
+        not used.
+        """
+        # sizes: those of the weights are compared with what was read
+        known = self.read | NEUTRAL.keys() | BOOKKEEPING | {*COUNTS, *accepted}
+        unknown = {name: value for name, value in self.content.items() if name not in known and not _is_unused(value)}
+        if unknown:
+            told = ", ".join(f"{name} = {value!r:.60}" for name, value in unknown.items())
+            raise InputError(
+                f"config.json: {told}: nobody here knows whether that changes what the {family} family computes; if "
+                f"you know that it does not, convert with --accept_config_key {','.join(unknown)}"
+            )
+
+    def check_known(self, family: str, accepted: Collection[str]) -> None:
+        """InputError for a field that the family did not read, that changes some computation and is not neutral."""
         for name, neutral in NEUTRAL.items():
             value = self.content.get(name)
             values = value if isinstance(value, list) else [value]  # of each layer its own
-            if name not in self.read and any(v not in neutral for v in values):
+            if name not in self.read and name not in accepted and any(v not in neutral for v in values):
                 hint = "; take the unquantized weights" if name.startswith("quantization") else ""
+                hint = hint or f"; if you know that it changes nothing, convert with --accept_config_key {name}"
                 raise InputError(f"config.json: {name} = {value!r} is not supported for the {family} family{hint}")
+
+
+def _is_unused(value: Any) -> bool:
+    return value is None or value is False or value in ("", [], {})

@@ -7,16 +7,21 @@ import math
 from typing import Any
 
 from lit_sft.errors import InputError
+from lit_sft.families.bookkeeping import HARMLESS_SCALINGS
 from lit_sft.families.fields import Fields
 
 KNOWN = {
     "default": set(),
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": {"factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings", "truncate"},
+    "yarn": {
+        *("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+        "original_max_position_embeddings",
+    },
     "longrope": {"factor", "short_factor", "long_factor", "attention_factor", "original_max_position_embeddings"},
 }
-RENAMED = {"su": "longrope"}  # what Phi-3 called it first
+# what Phi-3 called it first; three positions for each token, which of a text are one
+RENAMED = {"su": "longrope", "mrope": "default"}
 COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 
 
@@ -55,8 +60,10 @@ def read_rope(
     if kind not in KNOWN:
         known = ", ".join(map(repr, KNOWN))
         raise InputError(f"config.json: rope scaling {kind!r} is not supported; supported: {known}")
-    if odd := sorted(k for k in rope.keys() - KNOWN[kind] - COMMON if rope[k] is not None):
+    if odd := sorted(k for k in rope.keys() - KNOWN[kind] - COMMON - HARMLESS_SCALINGS if rope[k] is not None):
         raise InputError(f"config.json: rope scaling {kind!r} with {odd[0]} = {rope[odd[0]]!r} is not supported")
+    if unread := sorted(rope.keys() & HARMLESS_SCALINGS):
+        fields.notes.append(f"{', '.join(unread)} of the rope scaling: not read, as in transformers")
     size = int(head_size * (rope.get("partial_rotary_factor") or partial))
     found = {"rope_theta": float(rope.get("rope_theta") or base), "rope_type": kind, **local}
     if size != head_size:
@@ -111,5 +118,16 @@ def _scaling(kind: str, rope: dict[str, Any], original: int | None, block_size: 
         "rope_beta_fast": float(rope.get("beta_fast") or 32),
         "rope_beta_slow": float(rope.get("beta_slow") or 1),
         "rope_original_block_size": int(original or block_size),
-        "rope_attention_factor": float(rope.get("attention_factor") or 0.1 * math.log(factor) + 1),
+        "rope_attention_factor": float(rope.get("attention_factor") or _yarn_attention_factor(rope, factor)),
     }
+
+
+def _yarn_attention_factor(rope: dict[str, Any], factor: float) -> float:
+    """What cos and sin are multiplied by: the two ``mscale`` of DeepSeek where both are given, else the paper's."""
+
+    def stretch(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return stretch(rope["mscale"]) / stretch(rope["mscale_all_dim"])
+    return stretch(1.0)
