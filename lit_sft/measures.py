@@ -20,13 +20,13 @@ class Measures(NamedTuple):
     """Of one sample; every hash has 8 bytes."""
 
     text: int
-    """Hash of all turns."""
+    """Hash of all turns, and of which responses are not learned."""
     prompt: int
     """Hash of the turns before the first response."""
     question: int
     """The same without case, punctuation and spacing."""
     alphanumeric: float
-    """Share of letters and digits, of any script, among the characters of the responses that are no white space."""
+    """Share of letters and digits, of any script, among the learned responses' characters that are no white space."""
     repetition: float
     """Share of three-token stretches of the labelled tokens that occurred before: 0 where all are new."""
 
@@ -36,12 +36,13 @@ def measure(messages: tuple[Message, ...], learned: list[int] | None) -> Measure
     first = next(i for i, message in enumerate(messages) if message.role == "assistant")
     first = first or len(messages)  # a text without a prompt
     prompt = "\0".join(f"{m.role}\0{m.content}\0{m.input}" for m in messages[:first])
-    rest = "\0".join(m.content for m in messages[first:])
+    rest = "\0".join(m.content + "\2" * (m.learned is False) for m in messages[first:])
     words = [word for m in messages[:first] for word in re.findall(r"\w+", f"{m.content} {m.input}".casefold())]
     hashes = _hash(f"{prompt}\1{rest}"), _hash(prompt), _hash(" ".join(words) or prompt)
     if learned is None:
         return Measures(*hashes, 0.0, 0.0)
-    visible = "".join("".join(m.content for m in messages if m.role == "assistant").split())
+    responses = [m.content for m in messages if m.role == "assistant" and m.learned is not False]
+    visible = "".join("".join(responses).split())
     stretches = list(zip(*(learned[i:] for i in range(SHINGLE)), strict=False))
     alphanumeric = sum(map(str.isalnum, visible)) / max(1, len(visible))
     return Measures(*hashes, alphanumeric, 1 - len(set(stretches)) / len(stretches) if stretches else 0.0)

@@ -26,6 +26,8 @@ class Message:
     content: str
     input: str = ""
     """A user turn's optional context, as in Alpaca's data; the prompt style decides where it goes."""
+    learned: bool | None = None
+    """What the data say of this turn: true: it is learned, false: it is context alone; None: as its role is."""
 
 
 @dataclass(frozen=True)
