@@ -22,7 +22,7 @@ class Measures(NamedTuple):
     text: int
     """Hash of all turns, and of which responses are not learned."""
     prompt: int
-    """Hash of the turns before the first response."""
+    """Hash of the turns before the first response that is learned."""
     question: int
     """The same without case, punctuation and spacing."""
     alphanumeric: float
@@ -33,7 +33,7 @@ class Measures(NamedTuple):
 
 def measure(messages: tuple[Message, ...], learned: list[int] | None) -> Measures:
     """The measures of a sample whose labelled tokens are ``learned``; None: shares are not needed, and given as 0."""
-    first = next(i for i, message in enumerate(messages) if message.role == "assistant")
+    first = next(i for i, m in enumerate(messages) if m.role == "assistant" and m.learned is not False)
     first = first or len(messages)  # a text without a prompt
     prompt = "\0".join(f"{m.role}\0{m.content}\0{m.input}" for m in messages[:first])
     rest = "\0".join(m.content + "\2" * (m.learned is False) for m in messages[first:])

@@ -60,14 +60,14 @@ ADVICE = {
 }
 
 DIALOGUE = {
-    "system": "a system message",
-    "system_prompt": "a system message",
-    "system_message": "a system message",
-    "history": "earlier turns",
-    "chat_history": "earlier turns",
-    "conversation_history": "earlier turns",
+    "system": "system",
+    "system_prompt": "system",
+    "system_message": "system",
+    "history": "history",
+    "chat_history": "history",
+    "conversation_history": "history",
 }
-"""Columns that are parts of the dialogue; refused where they are not read as such."""
+"""Columns that are parts of a dialogue, and which; refused where they are not read."""
 
 PREFERENCE = ("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages")
 """Columns of which one at most is to be learned; the user names it."""

@@ -129,8 +129,7 @@ class SampleStream:
         self.source, self.wanted, self.system_prompt = source, columns, system_prompt
         self.name = source.name
         self.seen: dict[str, None] = {}
-        answers_named = (columns.output or columns.messages or columns.text) is not None
-        self.reader = RowReader(columns, answers_named, multiturn, ignored)
+        self.reader = RowReader(columns, columns, multiturn, ignored)
         self.format = ""
 
     @property

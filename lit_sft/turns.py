@@ -19,14 +19,14 @@ class RowReader:
 
     Attributes:
         columns: the columns to read.
-        answers_named: whether a flag says which column holds the answers, so that others may go unread.
+        wanted: those of them that flags name, so that others of their kind may go unread.
         multiturn: False keeps only the first exchange of a dialogue.
         ignored: folded names of fields that go unread although they change what is learned.
         unread: keys of turns that were met and not read, in the order in which they came.
     """
 
     columns: Columns
-    answers_named: bool = False
+    wanted: Columns
     multiturn: bool = True
     ignored: frozenset[str] = frozenset()
     unread: dict[str, None] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class RowReader:
         if columns.text is not None:
             return (Message("assistant", _text(row.get(columns.text), f"column {columns.text!r}")),)
         if columns.messages is not None:
-            turns = self._dialogue(row.get(columns.messages), f"column {columns.messages!r}")
+            turns = self._dialogue(row.get(columns.messages), f"column {columns.messages!r}", self.multiturn)
         else:
             turns = self._history(row) + self._pair(row)
         if not self.multiturn:
@@ -70,7 +70,7 @@ class RowReader:
         if not isinstance(pairs, list):
             raise Malformed(f"{what} is {kind_of(pairs)}, not a list of [user, assistant]")
         if all(isinstance(turn, dict) for turn in pairs):
-            turns = self._dialogue(pairs, what)
+            turns = self._dialogue(pairs, what, multiturn=True)
             if len(turns) < len(pairs):
                 raise Malformed(f"{what} ends with a question; the instruction follows an answer")
             return turns
@@ -101,14 +101,14 @@ class RowReader:
             )
         return turns
 
-    def _dialogue(self, value: Any, what: str) -> tuple[Message, ...]:
+    def _dialogue(self, value: Any, what: str, multiturn: bool) -> tuple[Message, ...]:
         """The turns of a messages cell: [system,] user, assistant, user, assistant, …."""
         value = _parsed(value, what)
         if not isinstance(value, list):
             raise Malformed(f"{what} is {kind_of(value)}" + ("" if is_missing(value) else ", not a list of turns"))
         turns = [_turn(i, turn, f"{what} turn {i + 1}") for i, turn in enumerate(value)]
         start = 1 if turns and turns[0].role == "system" else 0
-        system, rest = turns[:start], turns[start : None if self.multiturn else start + 2]
+        system, rest = turns[:start], turns[start : None if multiturn else start + 2]
         for i, turn in enumerate(rest):
             if turn.role != ("user", "assistant")[i % 2]:
                 raise Malformed(
@@ -164,9 +164,10 @@ class RowReader:
         if name in row_fields.LEARNED and is_given(value) and not _learned(name, value, what):
             raise Malformed(f"{what} says that the row is not learned; take it out, or {way} it")
         if name in row_fields.DIALOGUE and says_something(value):
-            flag = "--history_column" if "history" in name else "--system_column"
-            held = row_fields.DIALOGUE[name]
-            raise Malformed(f"{what} holds {held}, which would be lost; read it with {flag}, or {way} without it")
+            part = row_fields.DIALOGUE[name]
+            if getattr(self.wanted, part) is None:
+                flag = f"--{part}_column"
+                raise Malformed(f"{what} would be lost: it is not read here as {flag} is; {way} without it")
         if name in row_fields.PREFERENCE and says_something(value) and not self._answers_chosen():
             raise Malformed(
                 f"{what} holds one of several answers; name the column that is to be learned: --output_column, or "
@@ -177,7 +178,9 @@ class RowReader:
 
     def _answers_chosen(self) -> bool:
         read = {folded(column) for column in self.columns.given().values()}
-        return self.answers_named or any(folded(name) in read for name in row_fields.PREFERENCE)
+        if (self.wanted.output or self.wanted.messages or self.wanted.text) is not None:
+            return True
+        return any(folded(name) in read for name in row_fields.PREFERENCE)
 
 
 class _Turn(NamedTuple):
