@@ -148,8 +148,8 @@ def fill(
                 raise Interrupted("error: stopped by a signal; nothing is left half written", stops[-1])
             if not n_rows[source]:
                 told = f"{streams[source].name}: " if len(streams) > 1 else ""
-                told_of[source] = told + str(streams[source])
-                print(f"reading {told_of[source]}", flush=True)
+                told_of[source] = str(streams[source])
+                print(f"reading {told}{told_of[source]}", flush=True)
             n_rows[source] += len(items)
             progress.update(len(items))
             if on_error == "fail":
@@ -169,8 +169,8 @@ def fill(
             else:
                 workers.submit(_write_chunk_of, paths[-1], source, content)
     for source, told in told_of.items():
-        if not told.endswith(str(streams[source])):
-            print(f"in later rows there were more: {streams[source]}")
+        if told != str(streams[source]):
+            print(f"{streams[source].name}, read to its end: {streams[source]}")
     if n_again:
         print(f"{n_again} of {len(paths)} chunks of {CHUNK} rows were there from an interrupted run")
     spool = None if faults.count else Spool(paths)
