@@ -70,7 +70,7 @@ def render_template(
 
 @lru_cache(maxsize=64)
 def _keeps_empty_system(template: str, special_items: tuple[tuple[str, str], ...]) -> bool:
-    """Whether a system message that says nothing is rendered: not where the template takes none and writes none.
+    """Say whether a system message that says nothing is rendered: not where a template takes none and writes none.
 
     Left out, it would make other templates write a system text of their own.
     """

@@ -27,7 +27,7 @@ class Message:
     input: str = ""
     """A user turn's optional context, as in Alpaca's data; the prompt style decides where it goes."""
     learned: bool | None = None
-    """What the data say of this turn: true: it is learned, false: it is context alone; None: as its role is."""
+    """The data's own word: true: the turn is learned, false: it is context alone; None: its role decides."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ LEARNED = {
     "loss": True,  # ms-swift, XTuner
     "loss_scale": True,
     "loss_weight": True,
+    "sample_weight": True,
     "loss_mask": True,  # 1: counts in the loss
     "step_loss_mask": True,  # slime
     "masked": False,  # torchtune; 1: does not count
@@ -26,6 +27,7 @@ _MASK = "a mask of tokens or roles"
 LOST = {
     "train_detail": _PART,  # Axolotl
     "training_detail": _PART,
+    "weights": "weights of turns or tokens",
     "mask": _MASK,
     "assistant_mask": _MASK,
     "assistant_masks": _MASK,
@@ -97,7 +99,7 @@ def parse_ignored(names: str | None) -> frozenset[str]:
 
 
 def says_something(value: Any) -> bool:
-    """Whether a value has any content: lists and objects do if something in them has."""
+    """Say whether a value has any content: lists and objects do if something in them has."""
     open_values = [value]
     while open_values:
         item = open_values.pop()
@@ -114,7 +116,7 @@ def says_something(value: Any) -> bool:
 
 
 def as_truth(value: Any) -> bool | None:
-    """What 0 or 1, false or true says, also as text; None: neither."""
+    """Read 0 or 1, false or true, also as text; None: it is neither."""
     if isinstance(value, str):
         value = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}.get(value.strip().lower())
     if isinstance(value, bool | int | float) and value in (0, 1):
@@ -123,12 +125,12 @@ def as_truth(value: Any) -> bool | None:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value is null, or NaN, which is an empty cell of pandas."""
+    """Say whether a value is null, or NaN, which is an empty cell of pandas."""
     return value is None or value != value
 
 
 def is_given(value: Any) -> bool:
-    """Whether a field is there: neither missing nor blank text."""
+    """Say whether a field is there: neither missing nor blank text."""
     return not is_missing(value) and not (isinstance(value, str) and not value.strip())
 
 

@@ -82,14 +82,15 @@ def is_text(messages: tuple[Message, ...]) -> bool:
 
 def _check_prompts(messages: tuple[Message, ...], mask_prompt: bool) -> None:
     """Refuse prompts of which the data say that they are learned, or not, where all are treated otherwise."""
+    n_user = 0
     for message in messages:
+        n_user += message.role == "user"
         if message.role != "assistant" and message.learned is mask_prompt:
             told = "is to be learned, and prompts are not; --mask_prompt false learns all of them"
             if not mask_prompt:
                 told = "is not to be learned, and --mask_prompt false learns all prompts; leave the flag away"
-            raise InputError(
-                f"a turn of the {message.role}'s says that it {told}, or name its field in --ignore_fields"
-            )
+            which = "the system message" if message.role == "system" else f"the user's turn {n_user}"
+            raise InputError(f"{which} says that it {told}, or name its field in --ignore_fields")
 
 
 def encode_prompt(messages: tuple[Message, ...], style: str, tokenizer: Tokenizer) -> list[int]:

@@ -208,7 +208,7 @@ def _turn(index: int, turn: Any, place: str) -> _Turn:
 
 
 def _learned(name: str, value: Any, what: str) -> bool:
-    """Whether a field of LEARNED says that its turn or row is learned; Malformed: it says neither."""
+    """Say whether a field of LEARNED has its turn or row learned; Malformed: it says neither."""
     truth = as_truth(value)
     if truth is None:
         shown = f"{kind_of(value)} ({value!r:.40})" if isinstance(value, str) else kind_of(value)

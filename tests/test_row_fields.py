@@ -50,6 +50,7 @@ NOT_LEARNED = [
     {"loss": False},  # ms-swift, XTuner
     {"loss_scale": 0},
     {"loss_weight": 0.0},
+    {"sample_weight": 0},
     {"loss_mask": 0},
     {"step_loss_mask": 0},  # slime
     {"masked": True},  # torchtune
@@ -143,6 +144,7 @@ LOST_IN_TURNS = {
     "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}],
     "training_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}],
     "mask": [0, 1],
+    "weights": [0, 1],
     "eot": False,
     "need_eos_token": False,
 }
