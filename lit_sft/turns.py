@@ -64,16 +64,15 @@ class RowReader:
         """The turns before the instruction, whose answers are learned too; empty when there are none."""
         what = f"column {self.columns.history!r}"
         value = row.get(self.columns.history)
-        if not says_something(value):
+        pairs = _parsed(value, what) if says_something(value) else None
+        if not says_something(pairs):
             return ()
-        pairs = _parsed(value, what)
         if not isinstance(pairs, list):
             raise Malformed(f"{what} is {kind_of(pairs)}, not a list of [user, assistant]")
         if all(isinstance(turn, dict) for turn in pairs):
-            turns = self._dialogue(pairs, what, multiturn=True)
-            if len(turns) < len(pairs):
+            if _turn(0, pairs[-1], what).role == "user":
                 raise Malformed(f"{what} ends with a question; the instruction follows an answer")
-            return turns
+            return self._dialogue(pairs, what, multiturn=True)
         turns = []
         for i, pair in enumerate(pairs, 1):
             if not isinstance(pair, list) or len(pair) != 2:

@@ -327,7 +327,7 @@ def test_history_comes_before_the_instruction(tmp_path, history):
     assert read(tmp_path, row, multiturn=False).samples[0].messages == (Message("system", "Be brief."), *EARLIER[:2])
 
 
-@pytest.mark.parametrize("history", [None, [], "", "[]", [["", ""]], [[]]], ids=repr)
+@pytest.mark.parametrize("history", [None, [], "", "[]", [["", ""]], [[]], '[["", ""]]', "[[]]"], ids=repr)
 def test_no_history(tmp_path, history):
     assert read(tmp_path, PAIR | {"history": history}).samples[0].messages == DIALOGUE
 
