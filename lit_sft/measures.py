@@ -36,7 +36,7 @@ def measure(messages: tuple[Message, ...], learned: list[int] | None) -> Measure
     first = next(i for i, m in enumerate(messages) if m.role == "assistant" and m.learned is not False)
     first = first or len(messages)  # a text without a prompt
     prompt = "\0".join(f"{m.role}\0{m.content}\0{m.input}" for m in messages[:first])
-    rest = "\0".join(m.content + "\2" * (m.learned is False) for m in messages[first:])
+    rest = "\0".join(_marked(m) for m in messages[first:])
     words = [word for m in messages[:first] for word in re.findall(r"\w+", f"{m.content} {m.input}".casefold())]
     hashes = _hash(f"{prompt}\1{rest}"), _hash(prompt), _hash(" ".join(words) or prompt)
     if learned is None:
@@ -46,6 +46,11 @@ def measure(messages: tuple[Message, ...], learned: list[int] | None) -> Measure
     stretches = list(zip(*(learned[i:] for i in range(SHINGLE)), strict=False))
     alphanumeric = sum(map(str.isalnum, visible)) / max(1, len(visible))
     return Measures(*hashes, alphanumeric, 1 - len(set(stretches)) / len(stretches) if stretches else 0.0)
+
+
+def _marked(message: Message) -> str:
+    """A turn's content, told apart where it is a response that is not learned."""
+    return message.content + "\2" * (message.role == "assistant" and message.learned is False)
 
 
 def signatures(texts: list[tuple[Message, ...]]) -> np.ndarray:

@@ -312,6 +312,7 @@ def test_an_answer_that_is_not_learned_is_no_response_of_the_filters(command, tm
 def test_repetitions_that_teach_different_answers_are_none(command, tmp_path, sp):
     turns = [said("user", "Q"), said("assistant", "A"), said("user", "R"), said("assistant", "B")]
     rows = [turns, [turns[0], turns[1] | {"weight": 0}, *turns[2:]], [*turns[:3], turns[3] | {"weight": 0}], turns]
+    rows.append([*turns[:2], turns[2] | {"weight": 0}, turns[3]])  # as prompts are in any case
     json_lines(tmp_path / "d.jsonl", [{"messages": row} for row in rows])
     command("prepare_dataset", "--data_file=d.jsonl", "--val_split_fraction=0", "--deduplicate=exact")
     texts = marked(sp, Path("data/d"))
