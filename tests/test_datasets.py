@@ -329,7 +329,7 @@ def test_system_and_history_columns(command, tmp_path, sp):
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "d.parquet")
     datasets.Dataset.from_list([row | {"history": json.dumps(row["history"])}]).to_csv(tmp_path / "d.csv")
     for name in ("d.jsonl", "d.parquet", "d.csv"):
-        out = command("prepare_csv", "--csv_path", name)
+        out = command("prepare_csv", "--csv_path", name, "--overwrite=true")
         assert "system from 'system', history from 'history'" in out and marked(sp, Path("data/csv")) == expected
     for name in ("prepare_csv", "prepare_dataset"):
         command(name, "--data_file=mine.jsonl", "--destination_path=data/mine", *flags, "--history_column=h")
@@ -401,7 +401,7 @@ def test_an_empty_system_message_goes_all_the_way(command, tmp_path, world, sp, 
     assert "helpful" in default and "helpful" not in text
     json_lines(tmp_path / "d.jsonl", [{"messages": turns}])
     json_lines(tmp_path / "none.jsonl", [{"messages": turns[1:]}])
-    flags = ("prepare_dataset", f"--checkpoint_dir={chat}", "--destination_path=data/d")
+    flags = ("prepare_dataset", f"--checkpoint_dir={chat}", "--destination_path=data/d", "--overwrite=true")
     for more, expected in (
         (("--data_file=d.jsonl",), text),
         (("--data_file=d.jsonl", "--system_prompt=Be brief."), text),
