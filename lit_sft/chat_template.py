@@ -46,8 +46,11 @@ def render_template(
     Raises InputError when the template is broken, refuses the dialogue, rewrites contents in other ways or writes a
     prompt for an answer otherwise than the dialogue with that answer.
     """
+    if (roles[0], contents[0]) == ("system", "") and not _keeps_empty_system(template, tuple(special_tokens.items())):
+        roles, contents = roles[1:], contents[1:]
     whole = _jinja(template, roles, contents, special_tokens)
-    marks = [f"\ue000{i}\ue001" for i in range(len(roles))]
+    # a template may write nothing around what is empty, so that no mark stands for it
+    marks = [f"\ue000{i}\ue001" if contents[i] or role == "assistant" else "" for i, role in enumerate(roles)]
     attempts = [(marks, dict(zip(marks, contents, strict=True)))]
     thoughts = {i: m for i, role in enumerate(roles) if role == "assistant" and (m := _thought(contents[i]))}
     if thoughts:  # each in two marks, between the tags as they are written
@@ -63,6 +66,27 @@ def render_template(
         except InputError as error:
             problem = error
     raise problem
+
+
+@lru_cache(maxsize=64)
+def _keeps_empty_system(template: str, special_items: tuple[tuple[str, str], ...]) -> bool:
+    """Say whether a system message that says nothing is rendered: not where a template takes none and writes none.
+
+    Left out, it would make other templates write a system text of their own.
+    """
+    roles, forms = ("system", "user", "assistant"), ("", "\ue0001\ue001", "\ue0002\ue001")
+    try:
+        _layout(template, roles, forms, special_items)
+    except InputError:
+        pass
+    else:
+        return True
+    special_tokens = dict(special_items)
+    without = _jinja(template, roles[1:], forms[1:], special_tokens)
+    try:
+        return _jinja(template, roles, forms, special_tokens) != without
+    except InputError:
+        return False
 
 
 def _thought(content: str) -> re.Match | None:
@@ -116,7 +140,7 @@ def _layout(
     """
     text = _jinja(template, roles, forms, dict(special_items))
     for i, role in enumerate(roles):
-        if (times := text.count(f"\ue000{i}\ue001")) != 1:
+        if forms[i] and (times := text.count(f"\ue000{i}\ue001")) != 1:
             raise InputError(f"the chat template writes the {role}'s turn {i + 1} {times} times; name a --prompt_style")
     for i in reversed(range(len(roles))):
         if roles[i] == "assistant":

@@ -13,6 +13,7 @@ from lit_sft.errors import InputError
 from lit_sft.hub_datasets import HubDataset
 from lit_sft.prepare_args import PrepareArgs
 from lit_sft.readers import READERS, file_rows
+from lit_sft.row_fields import parse_ignored
 from lit_sft.rows import Columns, Malformed, listed
 from lit_sft.sources import SampleStream
 
@@ -137,7 +138,7 @@ def _source(where: str, entry: dict[str, Any], args: PrepareArgs) -> MixedSource
     least = -math.inf if share.min_score is None else share.min_score
     most = args.max_examples if share.max_examples is None else share.max_examples
     return MixedSource(
-        SampleStream(source, columns, system_prompt=args.system_prompt),
+        SampleStream(source, columns, system_prompt=args.system_prompt, ignored=parse_ignored(args.ignore_fields)),
         fraction,
         share.weight,
         most,

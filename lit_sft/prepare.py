@@ -22,6 +22,7 @@ from lit_sft.prepare_args import PrepareArgs
 from lit_sft.prompts import resolve_style, style_label
 from lit_sft.redact import without_address_secrets
 from lit_sft.report import show_examples, write_data_report
+from lit_sft.row_fields import parse_ignored
 from lit_sft.rows import Columns
 from lit_sft.samples import default_style, stop_ids
 from lit_sft.selection import Selection, select
@@ -54,7 +55,10 @@ def prepare(
 
     Raises InputError, with nothing written, when the data or the arguments do not allow it.
     """
-    streams = [SampleStream(each, columns, multiturn, args.system_prompt) for each in (source, val_source) if each]
+    ignored = parse_ignored(args.ignore_fields)
+    streams = [
+        SampleStream(each, columns, multiturn, args.system_prompt, ignored) for each in (source, val_source) if each
+    ]
     return prepare_mix(args, with_flags(args, streams), name)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from lit_sft.args import CHECKPOINT_DIR_HELP, STYLES, Args, arg
+from lit_sft.row_fields import KNOWN, parse_ignored
 
 
 @dataclass
@@ -35,6 +36,9 @@ class PrepareArgs(Args):
     on_overflow: Literal["truncate", "drop", "error"] = arg("truncate", "what happens to a too long example's response")
     on_error: Literal["fail", "skip"] = arg(
         "fail", "what malformed samples do: end the command, or go to skipped.jsonl beside the shards"
+    )
+    ignore_fields: str | None = arg(
+        None, "columns and keys of turns, with commas between, to leave unread although they change what is learned"
     )
     max_examples: int | None = arg(None, "most examples taken of a source, drawn at random (default: all)")
     order: Literal["shuffle", "as_given", "length", "source"] = arg(
@@ -79,6 +83,10 @@ class PrepareArgs(Args):
                 < 1,
                 "--keep_scores and --min_score go together": (self.keep_scores is None) != (self.min_score is None),
                 f"--show {self.show} must not be negative": self.show < 0,
+                f"--ignore_fields {self.ignore_fields!r}: known are {', '.join(KNOWN.values())}": not parse_ignored(
+                    self.ignore_fields
+                )
+                <= KNOWN.keys(),
                 "--keep_scores is empty": self.keep_scores == "",
                 "--min_score must be a number": self.min_score is not None and self.min_score != self.min_score,
             }
@@ -155,6 +163,8 @@ class PrepareCSVArgs(PrepareArgs):
     output_column: str | None = arg(None, "column of the response")
     messages_column: str | None = arg(None, "column of whole dialogues: lists of {role, content} or {from, value}")
     text_column: str | None = arg(None, "column of plain text without prompts, learned whole")
+    system_column: str | None = arg(None, "column of the system message, of instructions or beside messages")
+    history_column: str | None = arg(None, "column of the turns before the instruction: lists of [user, assistant]")
 
 
 @dataclass

@@ -26,6 +26,8 @@ class Message:
     content: str
     input: str = ""
     """A user turn's optional context, as in Alpaca's data; the prompt style decides where it goes."""
+    learned: bool | None = None
+    """The data's own word: true: the turn is learned, false: it is context alone; None: its role decides."""
 
 
 @dataclass(frozen=True)

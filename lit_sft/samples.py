@@ -22,7 +22,7 @@ class Example:
     labels_mask: list[bool]
     """Which tokens are to be predicted; never the first, which nothing comes before."""
     n_prompt: int
-    """Tokens before the first response."""
+    """Tokens before the first response that is learned."""
 
     @property
     def n_needed(self) -> int:
@@ -54,19 +54,23 @@ def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, mask_prompt:
 
     Each stretch of prompt and each response is encoded on its own, the latter as a continuation: the prompt's ids are
     then exactly those that generation starts from, also where the tokenizer would merge across the join. A response's
-    last label is its end token. With ``mask_prompt`` false every token but the first is a label.
+    last label is its end token. With ``mask_prompt`` false every token but the first is a label. A response that the
+    data say is not to be learned has no label, its end token neither.
 
-    Raises InputError when the style cannot write the dialogue, the tokens would begin with two BOS, or what ends a
-    response is no control token.
+    Raises InputError when the style cannot write the dialogue, the tokens would begin with two BOS, what ends a
+    response is no control token, or the data say another thing of a prompt than ``mask_prompt``.
     """
+    _check_prompts(sample.messages, mask_prompt)
+    learned = (message.learned is not False for message in sample.messages if message.role == "assistant")
     ids: list[int] = []
     mask: list[bool] = []
     n_prompt = 0
     for response, new in _stretches(sample.messages, style, tokenizer):
-        if response and not n_prompt:
+        is_label = next(learned) if response else not mask_prompt
+        if response and is_label and not n_prompt:
             n_prompt = len(ids)
         ids += new
-        mask += [response or not mask_prompt] * len(new)
+        mask += [is_label] * len(new)
     mask[0] = False  # nothing comes before it that could predict it
     return Example(ids, mask, n_prompt)
 
@@ -74,6 +78,19 @@ def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, mask_prompt:
 def is_text(messages: tuple[Message, ...]) -> bool:
     """Whether a sample is plain text, which no prompt precedes."""
     return messages[0].role == "assistant"
+
+
+def _check_prompts(messages: tuple[Message, ...], mask_prompt: bool) -> None:
+    """Refuse prompts of which the data say that they are learned, or not, where all are treated otherwise."""
+    n_user = 0
+    for message in messages:
+        n_user += message.role == "user"
+        if message.role != "assistant" and message.learned is mask_prompt:
+            told = "is to be learned, and prompts are not; --mask_prompt false learns all of them"
+            if not mask_prompt:
+                told = "is not to be learned, and --mask_prompt false learns all prompts; leave the flag away"
+            which = "the system message" if message.role == "system" else f"the user's turn {n_user}"
+            raise InputError(f"{which} says that it {told}, or name its field in --ignore_fields")
 
 
 def encode_prompt(messages: tuple[Message, ...], style: str, tokenizer: Tokenizer) -> list[int]:

@@ -12,7 +12,9 @@ from lit_sft.hub_datasets import HubDataset, hub_rows
 from lit_sft.prepare_args import PrepareArgs, PrepareCSVArgs
 from lit_sft.prompts import Sample, with_system
 from lit_sft.readers import file_rows
-from lit_sft.rows import FLAGS, NAMES, Columns, Malformed, Row, format_of, listed, recognise, turns_of
+from lit_sft.row_fields import folded
+from lit_sft.rows import FLAGS, NAMES, Columns, Malformed, Row, format_of, listed, recognise
+from lit_sft.turns import RowReader
 
 HEAD = 1000
 """The first rows, whose keys are the columns: JSON has no header, and its objects may leave keys out."""
@@ -109,7 +111,7 @@ class SampleStream:
     Attributes:
         name: the file's name, or that of the Hub dataset and its split; a sample's place begins with it.
         seen: the columns met so far, as the keys of a dict, in the order in which they came.
-        columns: which of them are read as what; known from the first item on, as is ``format``, for the user.
+        format: what the rows are called, for the user; known from the first item on, as are the ``columns``.
     """
 
     def __init__(
@@ -118,13 +120,22 @@ class SampleStream:
         columns: Columns = Columns(),  # noqa: B008 (it is frozen)
         multiturn: bool = True,
         system_prompt: str | None = None,
+        ignored: frozenset[str] = frozenset(),
     ) -> None:
-        """``multiturn`` False keeps only the first exchange of a dialogue. Nothing is read yet."""
-        self.source, self.wanted, self.multiturn, self.system_prompt = source, columns, multiturn, system_prompt
+        """``multiturn`` False keeps only the first exchange of a dialogue. Nothing is read yet.
+
+        ``ignored``: folded names of fields that go unread although they change what is learned.
+        """
+        self.source, self.wanted, self.system_prompt = source, columns, system_prompt
         self.name = source.name
         self.seen: dict[str, None] = {}
-        self.columns = columns
+        self.reader = RowReader(columns, columns, multiturn, ignored)
         self.format = ""
+
+    @property
+    def columns(self) -> Columns:
+        """The columns that are read; those that were asked for until the first item."""
+        return self.reader.columns
 
     def __iter__(self) -> Iterator[Sample | Problem]:
         """Read and check from the first row; row n of a file, counted from 1, is the n-th item.
@@ -155,7 +166,8 @@ class SampleStream:
         if not head:
             raise broken or InputError(f"{self.name} holds no rows; name a file or split that does")
         self.seen = {key: None for row in head if isinstance(row.cells, dict) for key in row.cells}
-        self.columns = _recognise(self.name, self.seen, self.wanted, self.wanted) if self.seen else self.wanted
+        if self.seen:
+            self.reader.columns = self._recognise(self.name, self.wanted)
         met = Counter(name for key in self.seen if (name := key.strip().lower()) in NAMES)
         cells = (row.cells for row in head if isinstance(row.cells, dict))
         self.format = format_of(self.columns, next(cells, None))
@@ -168,11 +180,11 @@ class SampleStream:
                 self.seen |= dict.fromkeys(new)
                 met.update(known)
                 if decide:
-                    self.columns = _recognise(place, self.seen, self.wanted, self.columns)
+                    self.reader.columns = self._recognise(place, self.columns)
             try:
                 if isinstance(row.cells, Malformed):
                     raise row.cells
-                turns = turns_of(row.cells, self.columns, self.multiturn)
+                turns = self.reader.turns(row.cells)
                 yield Sample(with_system(turns, self.system_prompt), place, row.number)
             except Malformed as error:
                 cells = None if isinstance(row.cells, Malformed) else _shallow(row.cells)
@@ -180,9 +192,26 @@ class SampleStream:
         if broken is not None:
             raise broken
 
+    def _recognise(self, place: str, before: Columns) -> Columns:
+        """The columns to read of those seen: one more than ``before`` is well, another one is not."""
+        seen = [column for column in self.seen if folded(column) not in self.reader.ignored]
+        try:
+            found = recognise(seen, self.wanted)
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from None
+        if not before.given().items() <= found.given().items():
+            differ = f"{place} would be read as {found}, those before it as {before}"
+            raise InputError(f"{differ}; columns: {listed(seen)}; name yours with {FLAGS}")
+        return found
+
     def __str__(self) -> str:
         unused = [column for column in self.seen if column not in self.columns.given().values()]
-        return f"{self.format}: {self.columns}" + (f"; not read: {listed(unused)}" if unused else "")
+        told = [f"{self.format}: {self.columns}"]
+        if unused:
+            told.append(f"not read: {listed(unused)}")
+        if self.reader.unread:
+            told.append(f"not read of turns: {listed(self.reader.unread)}")
+        return "; ".join(told)
 
 
 class Samples(NamedTuple):
@@ -199,13 +228,14 @@ def read_samples(
     on_error: Literal["fail", "skip"] = "fail",
     multiturn: bool = True,
     system_prompt: str | None = None,
+    ignored: frozenset[str] = frozenset(),
 ) -> Samples:
     """Read and check every row of ``source`` into memory.
 
     Raises InputError as a SampleStream does, and when no sample is left or, with ``on_error`` "fail", a row is
     malformed.
     """
-    stream = SampleStream(source, columns, multiturn, system_prompt)
+    stream = SampleStream(source, columns, multiturn, system_prompt, ignored)
     samples, problems = [], []
     for item in stream:
         (samples if isinstance(item, Sample) else problems).append(item)
@@ -239,15 +269,3 @@ def _shallow(value: Any, depth: int = DEPTH) -> Any:
     if isinstance(value, list):
         return [_shallow(item, depth - 1) for item in value] if depth else "…"
     return value
-
-
-def _recognise(place: str, seen: Iterable[str], wanted: Columns, before: Columns) -> Columns:
-    """The columns to read now that ``seen`` are there: one more than ``before`` is well, another one is not."""
-    try:
-        found = recognise(list(seen), wanted)
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from None
-    if not before.given().items() <= found.given().items():
-        differ = f"{place} would be read as {found}, those before it as {before}"
-        raise InputError(f"{differ}; columns: {listed(seen)}; name yours with {FLAGS}")
-    return found

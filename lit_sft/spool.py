@@ -138,6 +138,7 @@ def fill(
     """
     paths: list[Path] = []
     n_rows, n_again = [0] * len(streams), 0
+    told_of: dict[int, str] = {}
     faults = _Faults()
     with ExitStack() as stack:
         progress = stack.enter_context(tqdm(desc="tokenizing", unit=" rows", disable=None))
@@ -147,7 +148,8 @@ def fill(
                 raise Interrupted("error: stopped by a signal; nothing is left half written", stops[-1])
             if not n_rows[source]:
                 told = f"{streams[source].name}: " if len(streams) > 1 else ""
-                print(f"reading {told}{streams[source]}", flush=True)
+                told_of[source] = str(streams[source])
+                print(f"reading {told}{told_of[source]}", flush=True)
             n_rows[source] += len(items)
             progress.update(len(items))
             if on_error == "fail":
@@ -166,6 +168,9 @@ def fill(
                     _check(Spool(paths), streams, encoding)
             else:
                 workers.submit(_write_chunk_of, paths[-1], source, content)
+    for source, told in told_of.items():
+        if told != str(streams[source]):
+            print(f"{streams[source].name}, read to its end: {streams[source]}")
     if n_again:
         print(f"{n_again} of {len(paths)} chunks of {CHUNK} rows were there from an interrupted run")
     spool = None if faults.count else Spool(paths)

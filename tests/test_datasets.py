@@ -16,6 +16,7 @@ import pytest
 import sentencepiece
 from conftest import ROOT, make_hf_llama
 from test_prepare import alpaca, facts, later, marked
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from lit_sft import cli
 from lit_sft.args import ConvertArgs
@@ -258,6 +259,162 @@ def test_the_format_is_said(command, tmp_path, sp, turn, told):
     json_lines(tmp_path / "d.jsonl", [{"conversations": [turn("user", "Q"), turn("assistant", "A")]}])
     assert f"reading {told}" in command("prepare_dataset", "--data_file", "d.jsonl")
     assert marked(sp, Path("data/d")) == [alpaca("Q", "", "A")]
+
+
+# --- fields that change what is learned
+
+
+def said(role: str, text: str, **more: object) -> dict:
+    return {"role": role, "content": text} | more
+
+
+def failure(capsys, name: str, *flags: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        cli.run(import_module(cli.commands()[name]).main, list(flags), prog=name)
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_answers_that_are_not_learned(command, tmp_path, sp, workers):
+    """On disk they are context without labels, whichever process wrote them."""
+    turns = [said("user", "Q0"), said("assistant", "Bad.", weight=0), said("user", "Q1"), said("assistant", "Good.")]
+    rows = [{"messages": turns}] + [{"messages": [said("user", f"Q {i}"), turns[3]]} for i in range(2500)]
+    json_lines(tmp_path / "d.jsonl", rows)
+    command("prepare_dataset", "--data_file=d.jsonl", "--val_split_fraction=0", f"--num_workers={workers}")
+    texts = marked(sp, Path("data/d"))
+    assert len(texts) == 2501
+    bad = alpaca("Q0", "", "Bad.").replace("«", "").replace("»", "")
+    assert [text for text in texts if "Bad." in text] == [bad + later("Q1", "Good.")]
+    # too long an example is cut back to a learned answer, and is refused where there is none left
+    limit = len(sp.encode(bad)) + 4
+    command("prepare_dataset", "--data_file=d.jsonl", f"--max_seq_length={limit}", "--on_overflow=drop")
+    assert not [text for text in marked(sp, Path("data/d")) if "Bad." in text]
+
+
+def test_an_answer_that_is_not_learned_is_no_response_of_the_filters(command, tmp_path, sp):
+    rows = [
+        {
+            "messages": [
+                said("user", "Q"),
+                said("assistant", answer, weight=0),
+                said("user", "R"),
+                said("assistant", "OK"),
+            ]
+        }
+        for answer in ("!!!!!!!!", "yes")
+    ]
+    json_lines(tmp_path / "d.jsonl", [*rows, {"messages": [said("user", "Q"), said("assistant", "?!")]}])
+    command("prepare_dataset", "--data_file=d.jsonl", "--val_split_fraction=0", "--min_alphanumeric_share=0.9")
+    assert len(marked(sp, Path("data/d"))) == 2
+
+
+def test_repetitions_that_teach_different_answers_are_none(command, tmp_path, sp):
+    turns = [said("user", "Q"), said("assistant", "A"), said("user", "R"), said("assistant", "B")]
+    rows = [turns, [turns[0], turns[1] | {"weight": 0}, *turns[2:]], [*turns[:3], turns[3] | {"weight": 0}], turns]
+    rows.append([*turns[:2], turns[2] | {"weight": 0}, turns[3]])  # as prompts are in any case
+    json_lines(tmp_path / "d.jsonl", [{"messages": row} for row in rows])
+    command("prepare_dataset", "--data_file=d.jsonl", "--val_split_fraction=0", "--deduplicate=exact")
+    texts = marked(sp, Path("data/d"))
+    assert sorted(text.count("»") for text in texts) == [1, 1, 2] and len(set(texts)) == 3
+
+
+def test_system_and_history_columns(command, tmp_path, sp):
+    row = {"instruction": "Q3", "input": "it", "output": "A3", "system": "Be brief.", "history": [["Q1", "A1"]]}
+    mine = {"q": "Q3", "in": "it", "a": "A3", "s": "Be brief.", "h": [["Q1", "A1"]]}
+    flags = ("--instruction_column=q", "--input_column=in", "--output_column=a", "--system_column=s")
+    expected = ["<s> Be brief.\n\n" + alpaca("Q1", "", "A1")[4:] + later("Q3\n\nit", "A3")]
+    json_lines(tmp_path / "d.jsonl", [row])
+    json_lines(tmp_path / "mine.jsonl", [mine])
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "d.parquet")
+    datasets.Dataset.from_list([row | {"history": json.dumps(row["history"])}]).to_csv(tmp_path / "d.csv")
+    for name in ("d.jsonl", "d.parquet", "d.csv"):
+        out = command("prepare_csv", "--csv_path", name, "--overwrite=true")
+        assert "system from 'system', history from 'history'" in out and marked(sp, Path("data/csv")) == expected
+    for name in ("prepare_csv", "prepare_dataset"):
+        command(name, "--data_file=mine.jsonl", "--destination_path=data/mine", *flags, "--history_column=h")
+        assert marked(sp, Path("data/mine")) == expected
+    entry = {"data_file": "mine.jsonl"} | dict(flag[2:].split("=") for flag in (*flags, "--history_column=h"))
+    (tmp_path / "mix.yaml").write_text(json.dumps([entry, {"data_file": "d.jsonl"}]))
+    command("prepare_dataset", "--mix=mix.yaml")
+    assert marked(sp, Path("data/mix")) == expected * 2
+
+
+def test_fields_that_would_be_lost_are_refused_or_ignored_by_name(command, tmp_path, sp, capsys):
+    rows = [
+        {"messages": [said("user", "Q"), said("assistant", "A", reasoning_content="Hm.")], "tools": [{"name": "f"}]},
+        {"messages": [said("user", "Q"), said("assistant", "B", reasoning_content=None)], "tools": []},
+    ]
+    json_lines(tmp_path / "d.jsonl", rows)
+    told = failure(capsys, "prepare_dataset", "--data_file=d.jsonl")
+    assert (
+        "d.jsonl row 1: column 'tools' holds definitions of tools, which would be lost; --ignore_fields tools" in told
+    )
+    told = failure(capsys, "prepare_dataset", "--data_file=d.jsonl", "--ignore_fields=tools")
+    assert (
+        "turn 2 (assistant): 'reasoning_content' holds a thought, which would be lost; write it into the text" in told
+    )
+    ignore = "--ignore_fields=tools, reasoning_content"
+    out = command("prepare_dataset", "--data_file=d.jsonl", ignore)
+    assert "not read: 'tools'; not read of turns: 'reasoning_content'" in out
+    assert marked(sp, Path("data/d")) == [alpaca("Q", "", "A"), alpaca("Q", "", "B")]
+    (tmp_path / "mix.yaml").write_text("- data_file: d.jsonl")
+    command("prepare_dataset", "--mix=mix.yaml", ignore)
+    assert marked(sp, Path("data/mix")) == [alpaca("Q", "", "A"), alpaca("Q", "", "B")]
+    command("prepare_dataset", "--data_file=d.jsonl", "--on_error=skip")
+    assert marked(sp, Path("data/d")) == [alpaca("Q", "", "B")]
+    told = failure(capsys, "prepare_dataset", "--data_file=d.jsonl", "--ignore_fields=toolz")
+    assert "--ignore_fields 'toolz': known are weight, train, " in told
+
+
+def test_keys_that_come_late_are_said(command, tmp_path):
+    usual = {"messages": [said("user", "Q"), said("assistant", "A", name="Bo")]}
+    json_lines(tmp_path / "d.jsonl", [usual] * 2500 + [{"messages": [said("user", "Q", id=1), said("assistant", "A")]}])
+    out = command("prepare_dataset", "--data_file=d.jsonl")
+    assert "reading OpenAI messages: messages from 'messages'; not read of turns: 'name'\n" in out
+    assert (
+        "d.jsonl, read to its end: OpenAI messages: messages from 'messages'; not read of turns: 'name', 'id'\n" in out
+    )
+
+
+DEFAULTS = (  # as Qwen 2.5's, with tokens that this tokenizer has
+    "{% if messages[0]['role'] == 'system' %}{{ bos_token + '[' + messages[0]['content'] + ']' }}"
+    "{% else %}{{ bos_token + '[You are a helpful assistant.]' }}{% endif %}"
+    "{% for m in messages if m['role'] != 'system' %}{{ '(' + m['role'] + ') ' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '(assistant) ' }}{% endif %}"
+)
+
+
+def test_an_empty_system_message_goes_all_the_way(command, tmp_path, world, sp, monkeypatch):
+    """From the data, and from --system_prompt "" of both commands; as transformers writes it."""
+    usual = world / "checkpoints" / "test" / "tiny"
+    chat = tmp_path / "chat"
+    chat.mkdir()
+    for path in usual.iterdir():
+        (chat / path.name).symlink_to(path)
+    (chat / "chat_template.jinja").write_text(DEFAULTS)
+    turns = [said("system", ""), said("user", "Q"), said("assistant", "A")]
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    [text, default], _ = render_jinja_template([turns, turns[1:]], chat_template=DEFAULTS, **names)
+    [prompt], _ = render_jinja_template([turns[:2]], chat_template=DEFAULTS, add_generation_prompt=True, **names)
+    assert "helpful" in default and "helpful" not in text
+    json_lines(tmp_path / "d.jsonl", [{"messages": turns}])
+    json_lines(tmp_path / "none.jsonl", [{"messages": turns[1:]}])
+    flags = ("prepare_dataset", f"--checkpoint_dir={chat}", "--destination_path=data/d", "--overwrite=true")
+    for more, expected in (
+        (("--data_file=d.jsonl",), text),
+        (("--data_file=d.jsonl", "--system_prompt=Be brief."), text),
+        (("--data_file=none.jsonl", "--system_prompt="), text),
+        (("--data_file=none.jsonl",), default),
+    ):
+        command(*flags, *more)
+        [found] = marked(sp, Path("data/d"))
+        assert found.replace("«", "").replace("»", "").replace("<s> ", "<s>") == expected
+    asked = []
+    monkeypatch.setattr("lit_sft.generate.generate", lambda model, ids, *_: asked.append(ids) or iter(()))
+    command("generate", f"--checkpoint_dir={chat}", "--prompt=Q", "--system_prompt=", "--prompt_style=chat-template")
+    assert sp.decode(asked[0]) == prompt.removeprefix("<s>")
 
 
 # --- prompts that later commands must know

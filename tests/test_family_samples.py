@@ -1,10 +1,11 @@
 """Each family's chat template with its own kind of tokenizer: what is trained, and what generation starts from."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import tokenizers
-from family_templates import DROPS_SYSTEM, FAMILIES, FORGETS, NO_SYSTEM, ONE_TURN
+from family_templates import DROPS_SYSTEM, EVERY_TURN, FAMILIES, FORGETS, NO_SYSTEM, ONE_TURN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_kinds import ids_of_text, made, of_transformers, write
@@ -154,6 +155,32 @@ def test_ids_are_those_of_deployment(tokenizer_of, kind, name):
             if message.role == "assistant":
                 ids = encode_prompt(messages[:n], CHAT_TEMPLATE, tokenizer)
                 assert ids == deployment_ids(kind, tokenizer, name, messages[:n])
+
+
+MASKED = [(kind, name) for kind, name in PAIRS if made(kind).file == "tokenizer.json"]
+MASKED = [(kind, name) for kind, name in MASKED if name not in (*ONE_TURN, *EVERY_TURN, *FORGETS)]
+
+
+@pytest.mark.parametrize(("kind", "name"), MASKED, ids=lambda value: value)
+def test_an_answer_that_is_not_learned_is_transformers_mask_without_it(tokenizer_of, kind, name):
+    messages = dialogues(name, TEXTS)[0]
+    turns = [{"role": m.role, "content": m.content} for m in messages]
+    whole = of_transformers(kind).apply_chat_template(
+        turns, chat_template=FAMILIES[name], return_dict=True, return_assistant_tokens_mask=True
+    )
+    mask = whole["assistant_masks"]
+    starts = [i for i in range(len(mask)) if mask[i] and not mask[i - 1]]
+    assert len(starts) == 3
+    for left_out in range(3):
+        expected = list(map(bool, mask))
+        i = starts[left_out]
+        while i < len(mask) and mask[i]:
+            expected[i] = False
+            i += 1
+        said = list(messages)
+        said[2 * left_out + 1] = replace(said[2 * left_out + 1], learned=False)
+        example = encode_sample(Sample(tuple(said)), CHAT_TEMPLATE, tokenizer_of(kind, name), mask_prompt=True)
+        assert (example.input_ids, example.labels_mask) == (whole["input_ids"], expected)
 
 
 ANY = st.one_of(

@@ -132,6 +132,47 @@ def test_a_system_message_that_is_dropped(name):
         written(name, (Message("system", "x"), user("a"), assistant("b")))
 
 
+# ---- a system message that says nothing
+
+NOTHING = Message("system", "")
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in (*NO_SYSTEM, *DROPS_SYSTEM)])
+def test_an_empty_system_message_is_transformers_own(name):
+    """Not the template's default text, where the template lets it be none."""
+    for messages in dialogues(name, "Q", "A"):
+        if messages[0].role != "system":
+            for n in range(1, len(messages) + 1):
+                assert written(name, (NOTHING, *messages[:n])) == oracle(name, (NOTHING, *messages[:n]))
+
+
+@pytest.mark.parametrize("name", [*NO_SYSTEM, *DROPS_SYSTEM])
+def test_an_empty_system_message_is_left_out_where_the_template_takes_none(name):
+    """The dialogue is transformers', and generation starts from what comes before its answer."""
+    for messages in dialogues(name, "Q", "A"):
+        for n in range(1, len(messages) + 1):
+            assert written(name, (NOTHING, *messages[:n])) == oracle(name, messages[:n])
+
+
+def test_a_default_that_stands_where_nothing_is_written():
+    """The text around an empty message is not that around one with contents."""
+    template = (
+        "{% set told = messages[0].content if messages[0].role == 'system' else 'Be kind.' %}"
+        "{% if told %}{{ '<sys>' + told }}{% endif %}"
+        "{% for m in messages if m.role != 'system' %}{{ '<' + m.role + '>' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    )
+    exchange = (user("a"), assistant("b"))
+    for messages in ((NOTHING, *exchange), exchange, (Message("system", "S"), *exchange), (NOTHING, exchange[0])):
+        asks = messages[-1].role == "user"
+        texts, _ = render_jinja_template(
+            [turns(messages)], chat_template=template, add_generation_prompt=asks, eos_token="</s>"
+        )
+        parts = render(messages, CHAT_TEMPLATE, {"eos_token": "</s>"}, template)
+        assert "".join(part.text for part in parts) == texts[0]
+
+
 # ---- thoughts
 
 THOUGHTS = [

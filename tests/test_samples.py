@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import chat_templates
@@ -373,6 +374,64 @@ def test_loss_on_the_assistant_alone_and_the_history_kept(tokenizer):
     text = spelled(tokenizer, example.input_ids)
     assert all(message.content in text for message in messages)
     assert text.index(PAIRS[0][1]) < text.index(PAIRS[4][0]) < text.index(PAIRS[4][1])
+
+
+def with_learned(messages: tuple[Message, ...], *learned: bool | None) -> tuple[Message, ...]:
+    """The messages, the answers of which are said to be learned or not."""
+    said = iter(learned)
+    return tuple(replace(m, learned=next(said)) if m.role == "assistant" else m for m in messages)
+
+
+@pytest.mark.parametrize("style", ["alpaca", "llama2-chat", "plain"])
+@pytest.mark.parametrize(
+    "learned", [(False, None, None), (None, False, None), (None, None, False), (False, None, False)]
+)
+def test_an_answer_that_is_not_learned_is_context(tokenizer, style, learned):
+    """The same tokens; no label on that answer, nor on what ends it."""
+    for mask_prompt in (True, False):
+        whole = encode_sample(Sample(DIALOGUE), style, tokenizer, mask_prompt)
+        example = encode_sample(Sample(with_learned(DIALOGUE, *learned)), style, tokenizer, mask_prompt)
+        assert example.input_ids == whole.input_ids
+        expected, start = list(whole.labels_mask), 0
+        for i, is_learned in zip((1, 3, 5), learned, strict=True):
+            start = len(encode_prompt(DIALOGUE[:i], style, tokenizer))
+            end = whole.input_ids.index(tokenizer.eos_id, start) + 1
+            if is_learned is False:
+                expected[start:end] = [False] * (end - start)
+        assert example.labels_mask == expected
+        first = learned.index(None)
+        assert example.n_prompt == len(encode_prompt(DIALOGUE[: 2 * first + 1], style, tokenizer))
+        # a limit within what is context keeps no label
+        assert not mask_prompt or (example.n_kept(example.n_prompt) == 0 < example.n_kept(example.n_prompt + 1))
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_prompt_that_says_whether_it_is_learned(tokenizer, turn, learned):
+    messages = [Message("system", "S"), *exchange("a", "b")]
+    usual = Sample(tuple(messages))
+    messages[turn] = replace(messages[turn], learned=learned)
+    sample = Sample(tuple(messages))
+    as_it_is = not learned  # a masked prompt is not learned
+    assert encode_sample(sample, "alpaca", tokenizer, as_it_is) == encode_sample(usual, "alpaca", tokenizer, as_it_is)
+    with pytest.raises(InputError, match=r"the (system message|user's turn 1) says that it is .*--mask_prompt false"):
+        encode_sample(sample, "alpaca", tokenizer, learned)
+
+
+@pytest.mark.parametrize("style", [name for name, style in PROMPT_STYLES.items() if style.default_system])
+def test_an_empty_system_message_takes_a_styles_default_away(tokenizer, style):
+    if end_of(tokenizer, style) is None:
+        return
+    usual, empty = exchange("Hello", "b"), (Message("system", ""), *exchange("Hello", "b"))
+    default = PROMPT_STYLES[style].default_system
+    texts = [spelled(tokenizer, encode_sample(Sample(m), style, tokenizer, True).input_ids) for m in (usual, empty)]
+    assert default in texts[0] and default not in texts[1]
+    assert (
+        encode_prompt(empty[:2], style, tokenizer)
+        == encode_sample(Sample(empty), style, tokenizer, True).input_ids[
+            : len(encode_prompt(empty[:2], style, tokenizer))
+        ]
+    )
 
 
 def test_llama2_turns_are_metas(tokenizer_of):

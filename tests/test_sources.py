@@ -107,6 +107,11 @@ READ = {
     "silent-system": (
         "d.jsonl",
         dialogue({"role": "system", "content": ""}, ASKED, ANSWERED),
+        [Message("system", ""), user("Q"), assistant("A")],
+    ),
+    "null-system": (
+        "d.jsonl",
+        dialogue({"role": "system", "content": None}, ASKED, ANSWERED),
         [user("Q"), assistant("A")],
     ),
     "parquet": ("d.parquet", [{"instruction": "Q", "input": None, "output": "A"}], [user("Q"), assistant("A")]),
