@@ -47,7 +47,7 @@ def _openings(style: str, tokenizer: Tokenizer) -> tuple[str, ...]:
     """What a style puts in front of a question, whole, its last line, and without control tokens."""
     mark = "\ue000"
     try:
-        parts = render((Message("user", mark),), style, tokenizer.special_tokens, tokenizer.chat_template)
+        parts = render((Message("user", mark),), style, tokenizer.special_tokens, tokenizer.chat_template, tokenizer.ends)
     except InputError:  # a template that refuses a single question; each sample is refused, too
         return ()
     before = "".join(part.text for part in parts).partition(mark)[0].strip()

@@ -31,22 +31,30 @@ def end_part(special_tokens: dict[str, str]) -> Part:
 
 # Marks that stand for a content, for where a response begins and ends, and for an end token that the template forgets
 _CONTENT, _BEGIN, _END, _FORGOTTEN = "\ue000\\d+t?\ue001", "\ue002", "\ue003", "\ue004"
-_END_TOKEN = r"<\|[^<>|\s]+\|>|<end_of_turn>|<turn\|>|</s>"
+_END_TOKEN = re.compile(r"<\|[^<>|\s]+\|>|<end_of_turn>|<turn\|>|</s>")
+"""What ends an answer where no tokenizer says which tokens may."""
 _THOUGHT = re.compile(r"(\s*(?:<think>)?)(.*?)(</think>)(.*)", re.DOTALL)
 
 
 def render_template(
-    template: str, roles: tuple[str, ...], contents: list[str], special_tokens: dict[str, str]
+    template: str,
+    roles: tuple[str, ...],
+    contents: list[str],
+    special_tokens: dict[str, str],
+    ends: re.Pattern | None = None,
 ) -> list[Part]:
     """Write a dialogue with a Jinja template, as transformers does: parts whose texts joined are what the model sees.
 
     A template may strip white space from contents, and leave out the thought that an assistant's content begins with
-    (``<think>…</think>``), as those of thinking models do in all turns but the last.
+    (``<think>…</think>``), as those of thinking models do in all turns but the last. ``ends`` finds the tokens that may
+    end an answer; None: what commonly looks like one.
 
     Raises InputError when the template is broken, refuses the dialogue, rewrites contents in other ways or writes a
     prompt for an answer otherwise than the dialogue with that answer.
     """
-    if (roles[0], contents[0]) == ("system", "") and not _keeps_empty_system(template, tuple(special_tokens.items())):
+    ends = ends or _END_TOKEN
+    special_items = tuple(special_tokens.items())
+    if (roles[0], contents[0]) == ("system", "") and not _keeps_empty_system(template, special_items, ends):
         roles, contents = roles[1:], contents[1:]
     whole = _jinja(template, roles, contents, special_tokens)
     # a template may write nothing around what is empty, so that no mark stands for it
@@ -61,7 +69,7 @@ def render_template(
         attempts.append((apart, attempts[0][1] | halves | {marks[i]: thought[4] for i, thought in thoughts.items()}))
     for forms, texts in attempts:
         try:
-            layout = _layout(template, roles, tuple(forms), tuple(special_tokens.items()))
+            layout = _layout(template, roles, tuple(forms), special_items, ends)
             return _fit(layout, texts, whole, special_tokens)
         except InputError as error:
             problem = error
@@ -69,14 +77,14 @@ def render_template(
 
 
 @lru_cache(maxsize=64)
-def _keeps_empty_system(template: str, special_items: tuple[tuple[str, str], ...]) -> bool:
+def _keeps_empty_system(template: str, special_items: tuple[tuple[str, str], ...], ends: re.Pattern) -> bool:
     """Say whether a system message that says nothing is rendered: not where a template takes none and writes none.
 
     Left out, it would make other templates write a system text of their own.
     """
     roles, forms = ("system", "user", "assistant"), ("", "\ue0001\ue001", "\ue0002\ue001")
     try:
-        _layout(template, roles, forms, special_items)
+        _layout(template, roles, forms, special_items, ends)
     except InputError:
         pass
     else:
@@ -131,7 +139,11 @@ def _strippings(content: str) -> Iterator[str]:
 
 @lru_cache(maxsize=1024)
 def _layout(
-    template: str, roles: tuple[str, ...], forms: tuple[str, ...], special_items: tuple[tuple[str, str], ...]
+    template: str,
+    roles: tuple[str, ...],
+    forms: tuple[str, ...],
+    special_items: tuple[tuple[str, str], ...],
+    ends: re.Pattern,
 ) -> tuple[tuple[str, bool], ...]:
     """The template's own text and a mark for each content, in order, each with whether the model is to say it.
 
@@ -144,7 +156,7 @@ def _layout(
             raise InputError(f"the chat template writes the {role}'s turn {i + 1} {times} times; name a --prompt_style")
     for i in reversed(range(len(roles))):
         if roles[i] == "assistant":
-            text = _mark_response(text, template, roles[: i + 1], forms[: i + 1], dict(special_items))
+            text = _mark_response(text, template, roles[: i + 1], forms[: i + 1], dict(special_items), ends)
     layout, response = [], False
     for piece in filter(None, re.split(f"({_CONTENT}|[{_BEGIN}{_END}{_FORGOTTEN}])", text)):
         if piece in (_BEGIN, _END):
@@ -155,7 +167,12 @@ def _layout(
 
 
 def _mark_response(
-    text: str, template: str, roles: tuple[str, ...], forms: tuple[str, ...], special_tokens: dict[str, str]
+    text: str,
+    template: str,
+    roles: tuple[str, ...],
+    forms: tuple[str, ...],
+    special_tokens: dict[str, str],
+    ends: re.Pattern,
 ) -> str:
     """Put marks into ``text`` around the response that is the last of these turns and may have others after it."""
     prompt = _jinja(template, roles[:-1], forms[:-1], special_tokens)
@@ -167,11 +184,13 @@ def _mark_response(
             f"turn {len(roles)}: the chat template's prompt for an answer ({asked!r}) is not how the dialogue "
             f"with the answer begins ({told!r}); name a --prompt_style"
         )
-    token = f"{_END_TOKEN}|{re.escape(special_tokens.get('eos_token', '</s>'))}"
-    found = re.match(f".*?(?:{token})", closed.partition(mark)[2], re.DOTALL)
-    if not found or not after.startswith(found[0]):  # some leave it out behind the last answer alone
-        found = re.match(rf"\s*(?:{token})", after)
-    end = found[0] if found else ""
+    eos = re.escape(special_tokens.get("eos_token", "</s>"))
+    behind = closed.partition(mark)[2]
+    found = re.search(f"{ends.pattern}|{eos}", behind)
+    end = behind[: found.end()] if found else ""
+    if not end or not after.startswith(end):  # some leave it out behind the last answer alone
+        found = re.match(rf"\s*(?:{eos})", after)
+        end = found[0] if found else ""
     forgotten = "" if end else _FORGOTTEN
     return prompt + _BEGIN + before[len(prompt) :] + mark + end + forgotten + _END + after[len(end) :]
 

@@ -1,5 +1,6 @@
 """Dialogues, and from their turns to the text a model sees: in a named style, a chat template or the user's own."""
 
+import re
 import string
 from dataclasses import dataclass
 from functools import lru_cache
@@ -109,7 +110,11 @@ def is_chat_template(style: str) -> bool:
 
 
 def render(
-    messages: tuple[Message, ...], style: str, special_tokens: dict[str, str], template: str | None
+    messages: tuple[Message, ...],
+    style: str,
+    special_tokens: dict[str, str],
+    template: str | None,
+    ends: re.Pattern | None = None,
 ) -> list[Part]:
     """Write a dialogue in a style, as parts whose texts joined are what the model sees.
 
@@ -120,6 +125,7 @@ def render(
             (``resolve_style``).
         special_tokens: the texts of ``bos_token`` and ``eos_token``.
         template: the checkpoint's own Jinja template, for ``chat-template``.
+        ends: finds the tokens that may end an answer in a Jinja template; None: what commonly looks like one.
 
     Raises InputError when the style is unknown, or the template refuses the dialogue, rewrites its contents or writes
     them otherwise in a prompt than in a whole dialogue.
@@ -134,7 +140,7 @@ def render(
     if found is not None:
         return _render_style(messages, found, special_tokens)
     roles = tuple(m.role for m in messages)
-    return render_template(template, roles, [_content(m) for m in messages], special_tokens)
+    return render_template(template, roles, [_content(m) for m in messages], special_tokens, ends)
 
 
 def _content(message: Message) -> str:

@@ -131,7 +131,7 @@ def _stretches(messages: tuple[Message, ...], style: str, tokenizer: Tokenizer) 
     """Prompts and responses in turn: whether it is a response, and its ids."""
     if is_text(messages) and style != AS_WRITTEN:
         style = PLAIN
-    parts = render(messages, style, tokenizer.special_tokens, tokenizer.chat_template)
+    parts = render(messages, style, tokenizer.special_tokens, tokenizer.chat_template, tokenizer.ends)
     if style == AS_WRITTEN:
         parts = list(_with_ends(parts, tokenizer))
     last, ids = "", None
@@ -139,7 +139,7 @@ def _stretches(messages: tuple[Message, ...], style: str, tokenizer: Tokenizer) 
         stretch = list(stretch)
         before = None if ids is None else _last_control(last, ids, tokenizer)
         last = stretch[-1].text
-        if response and not tokenizer.has_control(last):
+        if response and not tokenizer.ends.search(last):
             raise InputError(
                 f"prompt style {style_label(style)!r} ends a response with {last.strip()!r}, which is no control token "
                 f"of {tokenizer.checkpoint_dir}: no answer would ever end; name another --prompt_style"
@@ -169,33 +169,61 @@ def _encode_first(parts: list[Part], tokenizer: Tokenizer, style: str) -> list[i
     """The ids that a dialogue begins with. A template writes its own BOS; a named style gets the model's."""
     from_template = is_chat_template(style) or (style == AS_WRITTEN and tokenizer.begins_with_control(parts[0].text))
     ids = [tokenizer.bos_id] if tokenizer.adds_bos and not from_template else []
-    for i, (text, control) in enumerate(_runs(parts, tokenizer)):
-        ids += tokenizer.encode(text, bos=False, control=control, continuation=i > 0)
+    if (pieces := _pieces(parts, tokenizer)) is None:
+        text = "".join([part.text for part in parts])
+        ids += tokenizer.encode(text, bos=False, control=any(part.control for part in parts))
+    else:
+        ids += _encode_pieces(pieces, tokenizer, continuation=False)
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:
+        if style == AS_WRITTEN:
+            raise InputError("the text begins with two BOS tokens; delete one of them")
         raise InputError(f"prompt style {style_label(style)!r} begins with two BOS tokens; name another --prompt_style")
     return ids
 
 
 def _encode_next(parts: list[Part], tokenizer: Tokenizer, before: str) -> list[int]:
     """The ids of what goes on: from text, or from the control token ``before``, behind which some begin anew."""
-    ids = []
-    for i, (text, control) in enumerate(_runs(parts, tokenizer)):
-        if i == 0 and before and (control or not tokenizer.has_control(text)):
-            ids += tokenizer.encode(before + text, bos=False, control=True, continuation=True)[1:]
-        else:
-            ids += tokenizer.encode(text, bos=False, control=control, continuation=i > 0 or not before)
-    return ids
+    if (pieces := _pieces(parts, tokenizer)) is not None:
+        return _encode_pieces(pieces, tokenizer, continuation=not (before and tokenizer.begins_anew))
+    text = "".join([part.text for part in parts])
+    control = any(part.control for part in parts)
+    if before and (control or not tokenizer.has_control(text)):
+        return tokenizer.encode(before + text, bos=False, control=True, continuation=True)[1:]
+    return tokenizer.encode(text, bos=False, control=control, continuation=not before)
 
 
-def _runs(parts: list[Part], tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """Texts to encode on their own, and whether control tokens in them are meant: as few as can be.
+def _pieces(parts: list[Part], tokenizer: Tokenizer) -> list[str | int] | None:
+    """The texts between control tokens that are meant, and the ids of these; None: all that are written are meant.
 
-    One, unless somebody wrote a control token into a message: only the template's own may be read as such.
+    Somebody wrote a control token into a message: only the template's own are read as such, and what lies between them
+    is one text, whoever wrote it.
     """
     if not any(tokenizer.has_control(part.text) for part in parts if not part.control):
-        return [("".join([part.text for part in parts]), any(part.control for part in parts))]
-    runs = groupby(parts, key=lambda part: part.control and tokenizer.has_control(part.text))
-    return [("".join(part.text for part in run), control) for control, run in runs]
+        return None
+    text, meant = "", []
+    for part in parts:
+        if part.control:
+            meant.append((len(text), len(text) + len(part.text)))
+        text += part.text
+    pieces: list[str | int] = []
+    position = 0
+    for start, end, token, inside in tokenizer.find_controls(text):
+        if any(first <= inside[0] and inside[1] <= last for first, last in meant):
+            pieces += [text[position:start], token]
+            position = end
+    return [*pieces, text[position:]]
+
+
+def _encode_pieces(pieces: list[str | int], tokenizer: Tokenizer, continuation: bool) -> list[int]:
+    """The ids of what ``_pieces`` gives; ``continuation``: of the first text."""
+    ids: list[int] = []
+    for piece in pieces:
+        if isinstance(piece, int):
+            ids.append(piece)
+            continuation = not tokenizer.begins_anew
+        elif piece:
+            ids += tokenizer.encode(piece, bos=False, continuation=continuation)
+    return ids
 
 
 def _last_control(text: str, ids: list[int], tokenizer: Tokenizer) -> str:

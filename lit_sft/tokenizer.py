@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,29 @@ class Tokenizer:
     def has_control(self, text: str) -> bool:
         """Whether a control token is written in ``text``, so that reading it with ``control`` makes a difference."""
         return self._file.pattern.search(text) is not None
+
+    @cached_property
+    def ends(self) -> re.Pattern:
+        """Finds the tokens that may end an answer: control tokens, and those at which the model stops."""
+        stops = (self._file.text(i) for i in self.stop_ids if i not in self._control_texts)
+        texts = sorted({*self._file.control, *filter(None, stops)}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+    @cached_property
+    def begins_anew(self) -> bool:
+        """Whether a text behind a control token gets a space in front, as the first of all texts does."""
+        control = next(iter(self._file.control), None)
+        if control is None:
+            return False
+        behind = self.encode(f"{control}a", bos=False, control=True)[1:]
+        return behind != self.encode("a", bos=False, continuation=True)
+
+    def find_controls(self, text: str) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
+        """Each control token written in ``text``: where it begins and ends with the spaces that it takes in, its id,
+        and where it begins and ends without them."""
+        for match in self._file.pattern.finditer(text):
+            token = match[match.lastindex]
+            yield match.start(), match.end(), self._file.control[token], match.span(match.lastindex)
 
     @property
     def pre_tokenizer(self) -> dict | None:
@@ -313,6 +337,9 @@ class _SentencePiece:
             )
             for i in range(self.size)
         ]
+
+    def text(self, i: int) -> str:
+        return self._whole.id_to_piece(i)
 
     def id(self, text: str) -> int | None:
         i = self.control.get(text, self._whole.piece_to_id(text))
