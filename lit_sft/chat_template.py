@@ -32,7 +32,7 @@ def end_part(special_tokens: dict[str, str]) -> Part:
 # Marks that stand for a content, for where a response begins and ends, and for an end token that the template forgets
 _CONTENT, _BEGIN, _END, _FORGOTTEN = "\ue000\\d+t?\ue001", "\ue002", "\ue003", "\ue004"
 _END_TOKEN = re.compile(r"<\|[^<>|\s]+\|>|<end_of_turn>|<turn\|>|</s>")
-"""What ends an answer where no tokenizer says which tokens may."""
+"""What looks like the end of an answer, whether the tokenizer has such a token or not."""
 _THOUGHT = re.compile(r"(\s*(?:<think>)?)(.*?)(</think>)(.*)", re.DOTALL)
 
 
@@ -52,7 +52,7 @@ def render_template(
     Raises InputError when the template is broken, refuses the dialogue, rewrites contents in other ways or writes a
     prompt for an answer otherwise than the dialogue with that answer.
     """
-    ends = ends or _END_TOKEN
+    ends = _END_TOKEN if ends is None else re.compile(f"{ends.pattern}|{_END_TOKEN.pattern}")
     special_items = tuple(special_tokens.items())
     if (roles[0], contents[0]) == ("system", "") and not _keeps_empty_system(template, special_items, ends):
         roles, contents = roles[1:], contents[1:]

@@ -19,7 +19,7 @@ import tokenizers
 from lit_sft.errors import InputError
 from lit_sft.layout import resolve_checkpoint_dir
 from lit_sft.tokenizer_config import Added, TokenizerConfig
-from lit_sft.tokenizer_rules import rules_of_class
+from lit_sft.tokenizer_rules import options_of_class, rules_of_class
 from lit_sft.word_cache import WordCache
 
 # classes of transformers that add BOS unless told not to
@@ -191,6 +191,8 @@ class Tokenizer:
         ends = [self.special_tokens[name] for name in ("bos_token", "eos_token") if name in self.special_tokens]
         texts = [PROBE, *(end + PROBE for end in ends)]
         found = []
+        if self._config.settings.get("split_special_tokens"):
+            found.append("split_special_tokens of tokenizer_config.json is not read: a template's control tokens are such")
         own = _TokenizersFile(
             (self.checkpoint_dir / "tokenizer.json").read_bytes(), replace(self._config, settings={}, hf_config={})
         )
@@ -362,6 +364,10 @@ class _TokenizersFile:
             if not (merge.split(" ") if isinstance(merge, str) else merge)[-1].startswith(prefix):
                 raise ValueError(f"the merge {merge!r} lacks the prefix {prefix!r}")  # which ends the process there
         model = tokenizers.Tokenizer.from_buffer(raw).model
+        if document["model"].get("dropout"):
+            model.dropout = None  # which would cut the same text otherwise each time
+        for option, value in options_of_class(config.settings, config.hf_config).items() if rules else ():
+            setattr(model, option, value)
         for token in document["added_tokens"]:
             token["special"] = token["special"] or token["content"] in config.special
         # the rules without the model, which takes time to read, and without what would cut texts, left by someone's run
@@ -422,6 +428,10 @@ def _completed(tokens: list[dict], config: TokenizerConfig) -> list[dict] | None
         token = by_text.setdefault(told.text, {"content": told.text, "special": False})
         if told.special is not None:  # said by tokenizer_config.json, not by the older added_tokens.json
             token |= {key: getattr(told, key) for key in ("special", "lstrip", "rstrip", "single_word", "normalized")}
+    for told in config.named:
+        if told.text not in by_text:
+            flags = {key: getattr(told, key) for key in ("lstrip", "rstrip", "single_word")}
+            by_text[told.text] = {"content": told.text, "special": True, "normalized": False, **flags}
     completed = list(by_text.values())
     return completed if completed != tokens else None
 

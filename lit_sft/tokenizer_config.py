@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from lit_sft.documents import read_bytes
 from lit_sft.errors import InputError
 from lit_sft.layout import HF_CONFIG
-from lit_sft.tokenizer_rules import prepend_scheme
+from lit_sft.tokenizer_rules import names_of_class, prepend_scheme
 
 MOST_IDS = 1 << 20  # four times the largest vocabulary known; more is a damaged file
 
@@ -37,6 +37,8 @@ class TokenizerConfig:
     """``bos_token``, ``eos_token``, … as text; None where a file says that there is none."""
     special: frozenset[str]
     """The text of every token that is called special."""
+    named: list[Added]
+    """The tokens that are called special, without their ids."""
     add_bos: bool | None
     tokenizer_class: str | None
     prepend_scheme: str
@@ -54,7 +56,10 @@ class TokenizerConfig:
     @classmethod
     def from_dir(cls, directory: Path) -> "TokenizerConfig":
         """Read the files of ``directory``, each of which may be missing; InputError when one is damaged."""
-        settings = _read_json(directory / "special_tokens_map.json") | _read_json(directory / "tokenizer_config.json")
+        settings = _read_json(directory / "tokenizer_config.json")
+        older = _read_json(directory / "special_tokens_map.json")
+        # as transformers: what lists the added tokens leaves the older file without a say, else that has the last one
+        settings = older | settings if "added_tokens_decoder" in settings else settings | older
         models = [_read_json(directory / name) for name in ("generation_config.json", HF_CONFIG)]
         try:
             added = {i: Added(i, text) for text, i in _read_json(directory / "added_tokens.json").items()}
@@ -63,7 +68,12 @@ class TokenizerConfig:
                 raise ValueError(f"{wrong[0].text!r} has the id {wrong[0].id!r}")
             names = {key: value for key, value in settings.items() if key.endswith("_token") and _is_name(value)}
             names = {key: _text(value) if value else None for key, value in names.items()}
+            names = names_of_class(settings, models[1]) | names
+            if isinstance(extra := settings.get("extra_special_tokens"), dict):
+                names |= {key: _text(value) for key, value in extra.items()}  # which templates may name
             more = [_text(token) for key in MORE_SPECIAL for token in _values(settings.get(key) or [])]
+            named = [_named(value) for key, value in settings.items() if key.endswith("_token") and _is_name(value)]
+            named += [_named(token) for key in MORE_SPECIAL for token in _values(settings.get(key) or [])]
             template, template_names = _chat_template(directory, settings.get("chat_template"))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -75,6 +85,7 @@ class TokenizerConfig:
             added=sorted(added.values()),
             names=names,
             special=frozenset({*filter(None, names.values()), *more, *(t.text for t in added.values() if t.special)}),
+            named=list(dict.fromkeys(token for token in named if token is not None)),
             add_bos=policy if isinstance(policy, bool) else None,
             tokenizer_class=kind if isinstance(kind, str) else None,
             prepend_scheme=prepend_scheme(settings),
@@ -113,6 +124,13 @@ def _values(tokens: list[Any] | dict[str, Any]) -> list[Any]:
     return list(tokens.values()) if isinstance(tokens, dict) else tokens
 
 
+def _named(token: str | dict[str, Any] | None) -> Added | None:
+    """A named token, with the flags that its name comes with."""
+    if not token:
+        return None
+    return _added(-1, (token if isinstance(token, dict) else {"content": token}) | {"special": True})
+
+
 def _added(i: int, token: dict[str, Any]) -> Added:
     flags = (bool(token.get(flag, False)) for flag in ("special", "lstrip", "rstrip", "single_word"))
     return Added(i, _text(token["content"]), *flags, normalized=bool(token.get("normalized", not token.get("special"))))
@@ -129,9 +147,13 @@ def _chat_template(
 
     Gives the template, or None with the names of several that have no default among them.
     """
-    path = directory / "chat_template.jinja"
+    # where transformers 5 keeps those that are not the default, beside it or alone
+    others = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    path = others.get("default", directory / "chat_template.jinja")
     if path.is_file():
         return read_bytes(path).decode().replace("\r\n", "\n").replace("\r", "\n"), ()
+    if others:
+        return None, tuple(others)
     value = value or _read_json(directory / "chat_template.json").get("chat_template")
     if isinstance(value, list):
         value = {template["name"]: template["template"] for template in value}
@@ -139,9 +161,6 @@ def _chat_template(
         if value and "default" not in value:
             return None, tuple(sorted(map(str, value)))
         value = value.get("default")
-    if value is None:  # where transformers 5 keeps those that are not the default
-        others = (directory / "additional_chat_templates").glob("*.jinja")
-        return None, tuple(sorted(path.stem for path in others))
     if not isinstance(value, str | None):
         raise TypeError(f"chat_template is a {type(value).__name__}")
     (value or "").encode()

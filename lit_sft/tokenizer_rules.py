@@ -41,11 +41,24 @@ def rules_of_class(document: dict[str, Any], settings: dict[str, Any], hf_config
         hf_config: the model's config.json, empty where there is none.
     """
     make = RULES.get(_tokenizer_class(settings, hf_config))
-    if make is None or document["model"].get("type") != "BPE":
+    is_bpe = document["model"].get("type", "BPE") == "BPE" and "merges" in document["model"]
+    if make is None or not is_bpe:
         return None
     if make is _metaspace and _has_byte_level(document):  # of a class that was named by mistake, as AutoTokenizer knows
         return None
     return make(settings)
+
+
+def names_of_class(settings: dict[str, Any], hf_config: dict[str, Any]) -> dict[str, str]:
+    """The special tokens that transformers' class has where no file names others."""
+    return NAMES.get(_tokenizer_class(settings, hf_config), {})
+
+
+def options_of_class(settings: dict[str, Any], hf_config: dict[str, Any]) -> dict[str, Any]:
+    """The options of the BPE model that transformers sets, where it makes a tokenizer's rules anew."""
+    make = RULES.get(_tokenizer_class(settings, hf_config))
+    from_sentencepiece = make in (_metaspace, _spaces)
+    return {"fuse_unk": from_sentencepiece, "byte_fallback": from_sentencepiece}
 
 
 def _class_name(settings: dict[str, Any]) -> str:
@@ -54,7 +67,7 @@ def _class_name(settings: dict[str, Any]) -> str:
 
 def _tokenizer_class(settings: dict[str, Any], hf_config: dict[str, Any]) -> str:
     """The class that AutoTokenizer picks."""
-    named = _class_name(settings)
+    named = _class_name(settings) or _class_name(hf_config)
     try:
         family = find_family(hf_config)
     except InputError:  # a tokenizer without its model
@@ -108,4 +121,12 @@ RULES: dict[str, Callable[[dict[str, Any]], Rules]] = {
     "GPTNeoXTokenizer": _composed_byte_level,
     "Qwen2Tokenizer": _composed_words,
     "GemmaTokenizer": _spaces,
+}
+_OF_LLAMA = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+_OF_GPT2 = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>")
+NAMES: dict[str, dict[str, str]] = {
+    **dict.fromkeys(("LlamaTokenizer", "CodeLlamaTokenizer"), _OF_LLAMA),
+    **dict.fromkeys(("GPT2Tokenizer", "CodeGenTokenizer", "GPTNeoXTokenizer"), _OF_GPT2),
+    "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
+    "GemmaTokenizer": {f"{name}_token": f"<{name}>" for name in ("unk", "bos", "eos", "pad", "mask")},
 }

@@ -14,7 +14,7 @@ import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_kinds import MAKERS, ids_of_text, made, of_transformers, write
+from tokenizer_kinds import MAKERS, ids_of_text, made, of_transformers, special, write
 from tokenizers import processors
 from transformers import AutoTokenizer
 
@@ -355,7 +355,7 @@ def test_ids_beyond_the_vocabulary_give_no_text(tokenizer_of, name):
         ("neox", {"bos_token": "<|endoftext|>"}, False),
         ("neox", {"bos_token": "<|endoftext|>", "add_bos_token": None}, False),
         ("neox", {"bos_token": "<|endoftext|>", "add_bos_token": True}, True),
-        ("neox", {"add_bos_token": True}, False),  # there is none
+        ("neox", {"add_bos_token": True}, True),  # that of its class
         ("llama3", {"bos_token": "<|begin_of_text|>"}, True),
         ("llama3", {"bos_token": "<|begin_of_text|>", "tokenizer_class": "PreTrainedTokenizerFast"}, True),
         ("llama3", {"bos_token": "<|begin_of_text|>", "add_bos_token": False}, False),
@@ -472,13 +472,67 @@ def test_a_null_bos_is_no_bos_even_if_config_json_has_one(tmp_path):
     assert tok.bos_id is None and "bos_token" not in tok.special_tokens
 
 
-def test_tokenizer_config_goes_before_special_tokens_map(tmp_path):
-    files = {
-        "special_tokens_map": {"eos_token": "</s>", "pad_token": "<unk>"},
-        "tokenizer_config": {"eos_token": "<s>"},
-    }
-    tok = Tokenizer(write(tmp_path, "llama2", **files))
-    assert tok.eos_id == 1 and tok.special_tokens["pad_token"] == "<unk>"
+@pytest.mark.parametrize("decoder", [True, False])
+def test_special_tokens_map_has_its_say_where_no_decoder_is(tmp_path, decoder):
+    config = made("llama2_metaspace").beside["tokenizer_config"] | {"eos_token": "</s>"}
+    config |= {"added_tokens_decoder": made("llama2").beside["tokenizer_config"]["added_tokens_decoder"]} if decoder else {}
+    files = {"special_tokens_map": {"eos_token": "<unk>"}, "tokenizer_config": config}
+    directory = write(tmp_path, "llama2_metaspace", **files)
+    assert Tokenizer(directory).special_tokens["eos_token"] == AutoTokenizer.from_pretrained(directory).eos_token
+
+
+ADDINGS = {  # tokens that transformers adds when it loads a tokenizer.json that has them otherwise, or not at all
+    "extra, nowhere else": ("qwen2", {"extra_special_tokens": ["<|turn|>"]}, "<|turn|>"),
+    "additional, nowhere else": ("llama3", {"additional_special_tokens": ["<|turn|>"]}, "<|turn|>"),
+    "named with flags": ("llama3", {"pad_token": {"__type": "AddedToken", **special("<pad>", rstrip=True)}}, "<pad>"),
+    "named": ("falcon", {"sep_token": "<sep>"}, "<sep>"),
+    "a map": ("qwen2", {"extra_special_tokens": {"turn_token": "<|turn|>"}}, "<|turn|>"),
+    "a piece": ("llama3", {"additional_special_tokens": ["Ġthe"]}, "Ġthe"),
+}
+
+
+@pytest.mark.parametrize("name", ADDINGS)
+def test_tokens_that_transformers_adds_are_control_tokens(tmp_path, name):
+    kind, config, text = ADDINGS[name]
+    files = made(kind).beside | {"tokenizer_config": made(kind).beside["tokenizer_config"] | config}
+    directory = write(tmp_path, kind, **files)
+    ours, theirs = Tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    for written in (text, f"a{text}  b {text}\nc"):
+        assert ours.encode(written, bos=False, control=True) == theirs(written, add_special_tokens=False).input_ids
+    assert ours.token_id(text) == theirs.convert_tokens_to_ids(text) not in ours.encode(f"a{text}b")
+
+
+@pytest.mark.parametrize(
+    ("kind", "drop", "edit"),
+    [
+        ("gemma_json", ["bos_token", "eos_token"], {}),
+        ("smollm2", ["bos_token", "eos_token", "unk_token"], {}),
+        ("qwen2", ["eos_token", "pad_token"], {}),
+        ("llama2_metaspace", ["bos_token", "eos_token", "unk_token"], {}),
+        ("llama2_metaspace", [], {"byte_fallback": False}),
+        ("qwen2", [], {"dropout": 0.9}),
+        ("llama2_prepend", [], {"type": None}),
+    ],
+)
+def test_what_transformers_class_has_of_its_own(tmp_path, kind, drop, edit):
+    """Names where no file has them, and the model's options."""
+    config = {key: value for key, value in made(kind).beside["tokenizer_config"].items() if key not in drop}
+    document = json.loads(made(kind).tokenizer)
+    document["model"] = {k: v for k, v in (document["model"] | edit).items() if v is not None or k != "type"}
+    directory = write(tmp_path, kind, **(made(kind).beside | {"tokenizer_config": config, "tokenizer": document}))
+    ours, theirs = Tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    for key in drop:
+        assert ours.special_tokens[key] == getattr(theirs, key)
+    for text in [*TEXTS, "ÿ þ"]:
+        assert ours.encode(text, bos=False, control=True) == theirs(text, add_special_tokens=False).input_ids
+
+
+def test_a_class_that_config_json_names(tmp_path):
+    config = {k: v for k, v in made("llama2_prepend").beside["tokenizer_config"].items() if k != "tokenizer_class"}
+    directory = write(tmp_path, "llama2_prepend", tokenizer_config=config, config={"tokenizer_class": "LlamaTokenizer"})
+    ours, theirs = Tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    text = "<s>[INST] a</s> b"
+    assert ours.encode(text, bos=False, control=True) == theirs(text, add_special_tokens=False).input_ids
 
 
 ADDED = {
@@ -550,15 +604,25 @@ def test_chat_template(tmp_path, value, expected):
     directory = write(tmp_path, "llama2", tokenizer_config={"chat_template": value})
     assert Tokenizer(directory).chat_template == expected
     assert Tokenizer(directory).template_names == (("tool_use",) if isinstance(value, list) and len(value) == 1 else ())
-    for name in ("default", "tool_use"):  # others' templates, which transformers keeps beside
-        (directory / "additional_chat_templates").mkdir(exist_ok=True)
-        (directory / "additional_chat_templates" / f"{name}.jinja").write_text("T")
-    assert Tokenizer(directory).chat_template == expected
     (directory / "chat_template.json").write_text(json.dumps({"chat_template": "of a processor"}))
     if value is None or value == []:
         assert Tokenizer(directory).chat_template == "of a processor"
     (directory / "chat_template.jinja").write_text("{{ bos_token }}é", encoding="utf-8")
     assert Tokenizer(directory).chat_template == "{{ bos_token }}é"
+
+
+def test_chat_templates_beside_the_default(tmp_path):
+    """As transformers has them: with a jinja file there tokenizer_config.json has no say; one of them may be default."""
+    directory = write(tmp_path, "qwen2", tokenizer_config={"chat_template": "of the config"})
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "rag.jinja").write_text("R")
+    assert (Tokenizer(directory).chat_template, Tokenizer(directory).template_names) == (None, ("rag",))
+    with pytest.raises(ValueError, match="no default"):
+        AutoTokenizer.from_pretrained(directory).get_chat_template()
+    for path in (directory / "chat_template.jinja", directory / "additional_chat_templates" / "default.jinja"):
+        path.write_text(path.stem)
+        theirs = AutoTokenizer.from_pretrained(directory).get_chat_template()
+        assert Tokenizer(directory).chat_template == theirs == path.stem
 
 
 # ---- the fingerprint, damage, surroundings

@@ -17,6 +17,7 @@ def test_silence(tmp_path):
         added=[],
         names={},
         special=frozenset(),
+        named=[],
         add_bos=None,
         tokenizer_class=None,
         prepend_scheme="first",
@@ -44,7 +45,7 @@ def test_everything(tmp_path):
                 "5": {"content": "c", "special": False, "rstrip": True},
             },
         },
-        special_tokens_map={"eos_token": "</s>", "bos_token": "<other>"},
+        special_tokens_map={"eos_token": "</s>", "bos_token": "<other>"},  # older: the decoder above leaves it no say
         added_tokens={"<c>": 7, "<d>": 8},
         generation_config={"eos_token_id": [1, 2], "bos_token_id": 0},
         config={"eos_token_id": 3, "bos_token_id": None},
