@@ -17,7 +17,7 @@ from lit_sft.rope import turned_anew
 from lit_sft.runtime import BASE_DTYPE, pick_device
 from lit_sft.samples import default_style, encode_prompt, stop_ids
 from lit_sft.shards import Shards
-from lit_sft.styles import PLAIN
+from lit_sft.styles import AS_WRITTEN, PLAIN
 from lit_sft.tokenizer import Tokenizer
 
 SAMPLE_PROMPT = "What food do llamas eat?"
@@ -155,6 +155,11 @@ def answers(args: GenerateArgs) -> Iterator[Iterator[str]]:
     style = resolve_style(args.prompt_style) if args.prompt_style else trained.get("prompt_style")
     style = style or default_style(tokenizer, otherwise=PLAIN)
     system = trained.get("system_prompt") if args.system_prompt is None else args.system_prompt
+    if style == AS_WRITTEN and system:
+        raise InputError(
+            "the model was trained on texts as they are written, without a place for --system_prompt; write it into "
+            "--prompt"
+        )
     ends = trained.get("stop_ids") or (tokenizer.stop_ids if style == PLAIN else stop_ids(style, tokenizer))
     prompt = _typed() if args.prompt == "-" else args.prompt
     prompt_ids = encode_prompt(with_system((Message("user", prompt, args.input),), system), style, tokenizer)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lit_sft.applied import check_as_written, template_notices
 from lit_sft.atomic import Manifest, publish_directory, replaceable, sweep
 from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError, Interrupted, RunFailed
@@ -29,7 +30,7 @@ from lit_sft.selection import Selection, select
 from lit_sft.shards import FACTS, KIND, write_shards
 from lit_sft.sources import SHOWN, SampleStream, Source
 from lit_sft.spool import Encoding, Spool, fill
-from lit_sft.styles import AS_WRITTEN, PLAIN
+from lit_sft.styles import AS_WRITTEN, CHAT_TEMPLATE, PLAIN
 from lit_sft.tokenizer import Tokenizer
 
 MOST_WORKERS = 8
@@ -108,8 +109,13 @@ def prepare_mix(args: PrepareArgs, sources: list[MixedSource], name: str) -> Pat
         for source, n in zip(sources, n_rows, strict=True):
             source.check_scores(n)
         names = [source.stream.name for source in sources]
-        facts |= _what_was_done(spool, style, tokenizer)
+        if args.template_applied is None:
+            for notice in template_notices(spool.rows, names, style):
+                print(f"notice: {notice}")
+        elif args.template_applied:
+            check_as_written(spool.rows, names)
         chosen = select(spool.rows, spool.signatures, sources, args, max_seq_length, block_size)
+        facts |= _what_was_done(args, spool, style, chosen, tokenizer)
         facts |= statistics(spool.rows, chosen, n_rows, names, max_seq_length)
         if (destination / MANIFEST).exists():
             print(f"replacing what {destination} held")
@@ -142,18 +148,28 @@ def _chosen_style(args: PrepareArgs, tokenizer: Tokenizer) -> str:
                 "--template_applied true takes texts as they are written, which leaves no place for --prompt_style; "
                 "give one of them"
             )
+        if args.system_prompt is not None:
+            raise InputError(
+                "--template_applied true takes texts as they are written, which leaves no place for --system_prompt; "
+                "write it into them"
+            )
         return AS_WRITTEN
+    if args.prompt_style == CHAT_TEMPLATE and not tokenizer.chat_template:
+        return default_style(tokenizer, otherwise=CHAT_TEMPLATE)  # which says what there is instead
     return resolve_style(args.prompt_style) if args.prompt_style else default_style(tokenizer, otherwise="alpaca")
 
 
-def _what_was_done(spool: Spool, style: str, tokenizer: Tokenizer) -> dict:
+def _what_was_done(args: PrepareArgs, spool: Spool, style: str, chosen: Selection, tokenizer: Tokenizer) -> dict:
     """The facts about prompts that later commands go by, where the data are not simply dialogues in ``style``."""
-    only_text = bool(spool.rows["is_text"].all())
+    trained = chosen.train if len(chosen.train) else chosen.val
+    only_text = bool(spool.rows["is_text"][trained].all())
     if style == AS_WRITTEN:
         if only_text:
             print("notice: a text column is learned whole, its prompts too; messages have their answers learned only")
         return {"stop_ids": sorted({*tokenizer.stop_ids, *_ends(spool, tokenizer)})}
     # no style was applied to plain text, so a model of it is not asked in one
+    if only_text and (args.prompt_style or args.system_prompt):
+        print("notice: --prompt_style and --system_prompt have no effect on plain text, which no prompt precedes")
     return {"prompt_style": PLAIN, "system_prompt": None, "stop_ids": stop_ids(PLAIN, tokenizer)} if only_text else {}
 
 

@@ -160,7 +160,8 @@ class Tokenizer:
 
     def find_controls(self, text: str) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
         """Each control token written in ``text``: where it begins and ends with the spaces that it takes in, its id,
-        and where it begins and ends without them."""
+        and where it begins and ends without them.
+        """
         for match in self._file.pattern.finditer(text):
             token = match[match.lastindex]
             yield match.start(), match.end(), self._file.control[token], match.span(match.lastindex)
@@ -192,7 +193,9 @@ class Tokenizer:
         texts = [PROBE, *(end + PROBE for end in ends)]
         found = []
         if self._config.settings.get("split_special_tokens"):
-            found.append("split_special_tokens of tokenizer_config.json is not read: a template's control tokens are such")
+            found.append(
+                "split_special_tokens of tokenizer_config.json is not read: a template's control tokens are such"
+            )
         own = _TokenizersFile(
             (self.checkpoint_dir / "tokenizer.json").read_bytes(), replace(self._config, settings={}, hf_config={})
         )

@@ -475,7 +475,9 @@ def test_a_null_bos_is_no_bos_even_if_config_json_has_one(tmp_path):
 @pytest.mark.parametrize("decoder", [True, False])
 def test_special_tokens_map_has_its_say_where_no_decoder_is(tmp_path, decoder):
     config = made("llama2_metaspace").beside["tokenizer_config"] | {"eos_token": "</s>"}
-    config |= {"added_tokens_decoder": made("llama2").beside["tokenizer_config"]["added_tokens_decoder"]} if decoder else {}
+    config |= (
+        {"added_tokens_decoder": made("llama2").beside["tokenizer_config"]["added_tokens_decoder"]} if decoder else {}
+    )
     files = {"special_tokens_map": {"eos_token": "<unk>"}, "tokenizer_config": config}
     directory = write(tmp_path, "llama2_metaspace", **files)
     assert Tokenizer(directory).special_tokens["eos_token"] == AutoTokenizer.from_pretrained(directory).eos_token
