@@ -20,12 +20,12 @@ from lit_sft.layout import MANIFEST, REPORT, SKIPPED, check_checkpoint_dir, only
 from lit_sft.locks import lock
 from lit_sft.mixing import MixedSource, with_flags
 from lit_sft.prepare_args import PrepareArgs
-from lit_sft.prompts import resolve_style, style_label
+from lit_sft.prompts import Sample, resolve_style, style_label
 from lit_sft.redact import without_address_secrets
 from lit_sft.report import show_examples, write_data_report
 from lit_sft.row_fields import parse_ignored
 from lit_sft.rows import Columns
-from lit_sft.samples import default_style, stop_ids
+from lit_sft.samples import default_style, is_text, stop_ids
 from lit_sft.selection import Selection, select
 from lit_sft.shards import FACTS, KIND, write_shards
 from lit_sft.sources import SHOWN, SampleStream, Source
@@ -77,7 +77,7 @@ def prepare_mix(args: PrepareArgs, sources: list[MixedSource], name: str) -> Pat
     max_seq_length = min(args.max_seq_length or block_size, block_size)
     if max_seq_length < (args.max_seq_length or 0):
         print(f"--max_seq_length {args.max_seq_length} is beyond the model's context; {block_size} is used")
-    style = _chosen_style(args, tokenizer)
+    style = PLAIN if _is_plain_text(args, sources, tokenizer) else _chosen_style(args, tokenizer)
     facts = {
         "checkpoint_dir": str(checkpoint_dir),
         "tokenizer": tokenizer.fingerprint,
@@ -157,6 +157,18 @@ def _chosen_style(args: PrepareArgs, tokenizer: Tokenizer) -> str:
     if args.prompt_style == CHAT_TEMPLATE and not tokenizer.chat_template:
         return default_style(tokenizer, otherwise=CHAT_TEMPLATE)  # which says what there is instead
     return resolve_style(args.prompt_style) if args.prompt_style else default_style(tokenizer, otherwise="alpaca")
+
+
+def _is_plain_text(args: PrepareArgs, sources: list[MixedSource], tokenizer: Tokenizer) -> bool:
+    """Whether the data are plain texts, where a template that would not be applied to them is out of order."""
+    if args.template_applied:
+        return False
+    try:
+        stop_ids(_chosen_style(args, tokenizer), tokenizer)
+    except InputError:
+        firsts = (next((item for item in s.stream if isinstance(item, Sample)), None) for s in sources)
+        return all(first is not None and is_text(first.messages) for first in firsts)
+    return False
 
 
 def _what_was_done(args: PrepareArgs, spool: Spool, style: str, chosen: Selection, tokenizer: Tokenizer) -> dict:

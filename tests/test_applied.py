@@ -281,3 +281,21 @@ def test_a_mix_of_texts_with_a_template_and_dialogues_without_is_refused(kind, m
         with pytest.raises(SystemExit) as end:
             run(main_of("prepare_dataset"), [*flags, *applied], prog="prepare_dataset.py")
         assert end.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "data").exists()
+
+
+def test_plain_text_is_not_refused_for_a_template_that_is_not_applied(command, kind, models, tmp_path):
+    """Such as one of several without a default; dialogues are."""
+    folder = models[kind] / "additional_chat_templates"
+    template = (models[kind] / "chat_template.jinja").rename(models[kind] / "kept")
+    folder.mkdir()
+    (folder / "rag.jinja").write_text("R")
+    try:
+        talks = write_rows(tmp_path / "m.jsonl", [{"messages": turns_of(*talk)} for talk in TALKS])
+        assert "has the chat templates rag, none of which is the default" in command("--data_file", talks, code=2)
+        texts = write_rows(tmp_path / "t.jsonl", [{"text": f"Page {n}."} for n in range(9)])
+        command("--data_file", texts)
+        assert facts(tmp_path / "data")["prompt_style"] == "plain"
+    finally:
+        (folder / "rag.jinja").unlink()
+        folder.rmdir()
+        template.rename(models[kind] / "chat_template.jinja")

@@ -9,6 +9,7 @@ from family_templates import DROPS_SYSTEM, EVERY_TURN, FAMILIES, FORGETS, NO_SYS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_kinds import ids_of_text, made, of_transformers, write
+from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lit_sft.prompts import CHAT_TEMPLATE, Message, Sample
@@ -225,3 +226,77 @@ def test_thoughts(tokenizer_of, kind):
         tokenizers.Tokenizer.from_str(made(kind).tokenizer.decode()).token_to_id(t) for t in ("<think>", "</think>")
     ]
     assert tokenizer.decode(answer) == content and answer[0] == tags[0] and tags[1] in answer
+
+
+# --- templates and tokens of no family
+
+
+ENDINGS = ["<end_of_utterance>", "[|endofturn|]", "<sep>", "<extra_id_1>", "</assistant>"]
+
+
+@pytest.mark.parametrize("end", ENDINGS)
+@pytest.mark.parametrize("kind", ["llama3", "llama2_metaspace"])
+def test_an_answer_ends_at_the_control_token_of_its_template(tmp_path, kind, end):
+    """Whatever it looks like; nothing is inserted that the template does not write."""
+    files = made(kind).beside
+    config = files["tokenizer_config"] | {"extra_special_tokens": [end]}
+    directory = write(tmp_path, kind, **(files | {"tokenizer_config": config}))
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content + '" + end + "\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    (directory / "chat_template.jinja").write_text(template)
+    tokenizer, theirs = Tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    messages = tuple(Message(role, text) for role, text in zip(("user", "assistant") * 2, "abcd", strict=True))
+    example = encode_sample(Sample(messages), CHAT_TEMPLATE, tokenizer, mask_prompt=True)
+    turns = [{"role": m.role, "content": m.content} for m in messages]
+    assert example.input_ids == theirs.apply_chat_template(turns, return_dict=False)
+    end_id = theirs.convert_tokens_to_ids(end)
+    assert [answer[-1] for answer in answers(example)] == [end_id] * 2 and end_id in stop_ids(CHAT_TEMPLATE, tokenizer)
+    prompt = theirs.apply_chat_template(turns[:3], add_generation_prompt=True, return_dict=False)
+    assert encode_prompt(messages[:3], CHAT_TEMPLATE, tokenizer) == prompt
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"), [("llama3", "<|start_header_id|>"), ("phi3_json", "<|user|>"), ("qwen2", "<|im_start|>")]
+)
+def test_the_head_of_the_next_turn_ends_no_answer(tmp_path, kind, head):
+    """A template that writes no end: every answer gets EOS, and learns nothing of what follows."""
+    directory = write(tmp_path, kind)
+    (directory / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '" + head + "' + m.role + '\\n' + m.content + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '" + head + "assistant\\n' }}{% endif %}"
+    )
+    tokenizer = Tokenizer(directory)
+    messages = tuple(Message(role, text) for role, text in zip(("user", "assistant") * 2, "abcd", strict=True))
+    example = encode_sample(Sample(messages), CHAT_TEMPLATE, tokenizer, mask_prompt=True)
+    assert [tokenizer.decode(answer) for answer in answers(example)] == ["b", "d"]
+    assert [answer[-1] for answer in answers(example)] == [tokenizer.eos_id] * 2
+
+
+@pytest.mark.parametrize(("kind", "name"), [k for k in PAIRS if made(k[0]).file == "tokenizer.json"])
+def test_a_control_token_that_somebody_wrote_changes_no_other(tokenizer_of, kind, name):
+    """The oracle splits the text where the template's own tokens are, and reads the rest as characters."""
+    tokenizer, theirs = tokenizer_of(kind, name), of_transformers(kind)
+    control = next(text for text in sorted(tokenizer._file.control) if not text.isalnum() and text != "<unk>")
+    question = f"What is {control}?  And"
+    clean = deployment_ids(kind, tokenizer, name, (Message("user", "What is @@?  And"),))
+    ids = encode_prompt((Message("user", question),), CHAT_TEMPLATE, tokenizer)
+    controls = set(theirs.all_special_ids) | set(tokenizer._control_ids)
+    assert [i for i in ids if i in controls] == [i for i in clean if i in controls]
+    place = next(n for n, (a, b) in enumerate(zip(ids, clean, strict=False)) if a != b)
+    head = theirs.decode(clean[:place])
+    assert head.endswith(("What is", "What is ")), "what stands in front of it is as without it"
+
+
+def test_an_end_that_is_no_special_token_but_a_stop(tmp_path):
+    """<|im_end|> as an added word: it is one token, and the model stops there."""
+    kind = "chatml_words_both"
+    config = made(kind).beside["tokenizer_config"] | {"eos_token": "</s>"}
+    end = of_transformers(kind).convert_tokens_to_ids("<|im_end|>")
+    directory = write(tmp_path, kind, tokenizer_config=config, generation_config={"eos_token_id": [2, end]})
+    (directory / "chat_template.jinja").write_text(FAMILIES["SMOLLM2"])
+    tokenizer = Tokenizer(directory)
+    messages = (Message("user", "a"), Message("assistant", "b"))
+    (answer,) = answers(encode_sample(Sample(messages), CHAT_TEMPLATE, tokenizer, mask_prompt=True))
+    assert answer[-1] == end

@@ -614,7 +614,7 @@ def test_chat_template(tmp_path, value, expected):
 
 
 def test_chat_templates_beside_the_default(tmp_path):
-    """As transformers has them: with a jinja file there tokenizer_config.json has no say; one of them may be default."""
+    """As in transformers: with a jinja file there tokenizer_config.json has no say; one of them may be the default."""
     directory = write(tmp_path, "qwen2", tokenizer_config={"chat_template": "of the config"})
     (directory / "additional_chat_templates").mkdir()
     (directory / "additional_chat_templates" / "rag.jinja").write_text("R")
