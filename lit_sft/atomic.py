@@ -218,7 +218,8 @@ class Manifest:
         except FileNotFoundError:
             raise InputError(f"{path} is missing: the directory is incomplete; write it again") from None
         except (ValueError, TypeError, RecursionError) as error:
-            raise InputError(f"{path} is not a manifest of this lit_sft ({error}); write the directory again") from None
+            why = " ".join(str(error).split())
+            raise InputError(f"{path} is not a manifest of this lit_sft ({why}); write the directory again") from None
         if newer:
             format_version = content["format_version"]
             raise NewerFormat(f"{path} has format {format_version}, newer than {FORMAT_VERSION}; update lit_sft")

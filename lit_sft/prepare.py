@@ -161,7 +161,7 @@ def _chosen_style(args: PrepareArgs, tokenizer: Tokenizer) -> str:
 
 def _is_plain_text(args: PrepareArgs, sources: list[MixedSource], tokenizer: Tokenizer) -> bool:
     """Whether the data are plain texts, where a template that would not be applied to them is out of order."""
-    if args.template_applied:
+    if args.template_applied or args.prompt_style:
         return False
     try:
         stop_ids(_chosen_style(args, tokenizer), tokenizer)

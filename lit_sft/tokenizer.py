@@ -199,7 +199,8 @@ class Tokenizer:
         own = _TokenizersFile(
             (self.checkpoint_dir / "tokenizer.json").read_bytes(), replace(self._config, settings={}, hf_config={})
         )
-        if any(own.encode(text, True, False) != self._file.encode(text, True, False) for text in texts):
+        both = ([self._asked(file.encode, text, True, False) for text in texts] for file in (own, self._file))
+        if next(both) != next(both):
             found.append(
                 f"tokenizer.json cuts texts otherwise than {self._config.tokenizer_class or 'the class of the model'}, "
                 "by which transformers reads it; the class counts, here as there (tokenizer_class TokenizersBackend in "
@@ -219,7 +220,8 @@ class Tokenizer:
         for i, (text, _, _) in enumerate(other.pieces()):
             if self._file.text(i) != text:
                 return f"id {i} is {text!r} and {self._file.text(i)!r}"
-        return "they cut texts differently" if other.encode(PROBE, False, False) != self.encode(PROBE, False) else None
+        differ = self._asked(other.encode, PROBE, False, False) != self.encode(PROBE, bos=False)
+        return "they cut texts differently" if differ else None
 
     def pieces(self) -> list[tuple[str, float, str]]:
         """Text, score and kind of each token of a SentencePiece model; none of a tokenizer.json.
@@ -369,8 +371,11 @@ class _TokenizersFile:
         model = tokenizers.Tokenizer.from_buffer(raw).model
         if document["model"].get("dropout"):
             model.dropout = None  # which would cut the same text otherwise each time
-        for option, value in options_of_class(config.settings, config.hf_config).items() if rules else ():
+        options = options_of_class(config.settings, config.hf_config) if rules else {}
+        for option, value in options.items():
             setattr(model, option, value)
+        if others := {name: value for name, value in options.items() if bool(said.get(name)) != value}:
+            self.rules["options"] = others  # for the fingerprint
         for token in document["added_tokens"]:
             token["special"] = token["special"] or token["content"] in config.special
         # the rules without the model, which takes time to read, and without what would cut texts, left by someone's run
