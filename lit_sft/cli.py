@@ -122,7 +122,7 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
         if argv and argv[0][:1] not in ("-", "") and "path" in get_type_hints(_arguments(main)):
             argv = ["--path", *argv]  # the one thing that a command looks at needs no name
         parser = make_parser(main, prog or Path(sys.argv[0]).name)
-        namespace = parser.parse_args(_named(main, argv))
+        namespace = parser.parse_args(_config_first(_named(main, argv)))
         from_file = namespace.pop("config") is not None
         values = namespace.as_dict()
         code = main(_arguments(main)(**(values | _limits_given_up(values, argv) if from_file else values))) or 0
@@ -142,10 +142,23 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
     _leave(code)
 
 
+def _config_first(argv: list[str]) -> list[str]:
+    """The arguments with --config in front, as the parser lets the later one win: flags win wherever they stand."""
+    first, rest, words = [], [], iter(argv)
+    for word in words:
+        if word == "--config":
+            first += [word, *[value for value in [next(words, None)] if value is not None]]
+        elif word.startswith("--config="):
+            first.append(word)
+        else:
+            rest.append(word)
+    return [*first, *rest]
+
+
 def _limits_given_up(values: dict[str, Any], argv: list[str]) -> dict[str, None]:
     """The limits of a config file that one on the command line replaces, which otherwise might have no effect."""
     flags = {word.partition("=")[0] for word in argv}
-    typed = [name for name in LIMITS if f"--{name}" in flags]
+    typed = [name for name in LIMITS if f"--{name}" in flags and values.get(name) is not None]
     return {name: None for name in LIMITS if typed and name in values and name not in typed}
 
 

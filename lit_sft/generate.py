@@ -9,13 +9,14 @@ from torch import Tensor
 from lit_sft.args import GenerateArgs
 from lit_sft.atomic import Manifest
 from lit_sft.checkpoint import load_model, read_adapter_config, resolve_base
+from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError
 from lit_sft.layout import MANIFEST, only_checkpoint_dir
 from lit_sft.model import GPT, KVCache
 from lit_sft.prompts import Message, check_prompt_facts, resolve_style, with_system
 from lit_sft.rope import turned_anew
 from lit_sft.runtime import BASE_DTYPE, pick_device
-from lit_sft.samples import default_style, encode_prompt, stop_ids
+from lit_sft.samples import check_ids, default_style, encode_prompt, stop_ids
 from lit_sft.shards import Shards
 from lit_sft.styles import AS_WRITTEN, PLAIN
 from lit_sft.tokenizer import Tokenizer
@@ -105,6 +106,7 @@ def sampler(
     else:
         messages = with_system((Message("user", prompt or SAMPLE_PROMPT),), shards.manifest.facts.get("system_prompt"))
         prompt_ids = encode_prompt(messages, shards.manifest.facts["prompt_style"], tokenizer)
+        check_ids(prompt_ids, model.config.vocab_size, tokenizer)
     if len(prompt_ids) >= model.config.block_size:
         raise InputError(
             f"--sample_prompt has {len(prompt_ids)} tokens; the model takes 1 to {model.config.block_size - 1}"
@@ -163,6 +165,7 @@ def answers(args: GenerateArgs) -> Iterator[Iterator[str]]:
     ends = trained.get("stop_ids") or (tokenizer.stop_ids if style == PLAIN else stop_ids(style, tokenizer))
     prompt = _typed() if args.prompt == "-" else args.prompt
     prompt_ids = encode_prompt(with_system((Message("user", prompt, args.input),), system), style, tokenizer)
+    check_ids(prompt_ids, ModelConfig.from_dir(checkpoint_dir).vocab_size, tokenizer)
     device = pick_device(args.device)
     dtype = BASE_DTYPE[args.precision] if args.precision else None if device == "cuda" else torch.float32
     model = load_model(checkpoint_dir, args.adapter_dir, dtype, device)

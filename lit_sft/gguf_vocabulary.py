@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from lit_sft.documents import read_json
 from lit_sft.errors import InputError
 from lit_sft.prompts import Message, render
+from lit_sft.samples import check_ids
 from lit_sft.styles import CHAT_TEMPLATE
 from lit_sft.tokenizer import Tokenizer
 
@@ -53,6 +54,13 @@ class Vocabulary:
 
 def read_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     """The vocabulary, as many tokens as the embedding has rows; InputError for a kind that llama.cpp lacks."""
+    ends = (tokenizer.bos_id if tokenizer.adds_bos else None, tokenizer.eos_id)
+    check_ids((i for i in ends if i is not None), size, tokenizer)
+    if tokenizer.vocab_size > size:
+        print(
+            f"notice: the tokenizer has {tokenizer.vocab_size} ids, the model embeddings for {size}: the tokens beyond "
+            "are left out of the file"
+        )
     if pieces := tokenizer.pieces():
         if any(score != int(score) for _, score, kind in pieces if kind == "normal"):
             raise InputError(f"{tokenizer.checkpoint_dir}/tokenizer.model is a unigram model: GGUF export has BPE only")

@@ -73,7 +73,8 @@ def prepare_mix(args: PrepareArgs, sources: list[MixedSource], name: str) -> Pat
     tokenizer = Tokenizer(checkpoint_dir)
     for notice in tokenizer.notices():
         print(f"notice: {notice}")
-    block_size = ModelConfig.from_dir(checkpoint_dir).block_size
+    config = ModelConfig.from_dir(checkpoint_dir)
+    block_size = config.block_size
     max_seq_length = min(args.max_seq_length or block_size, block_size)
     if max_seq_length < (args.max_seq_length or 0):
         print(f"--max_seq_length {args.max_seq_length} is beyond the model's context; {block_size} is used")
@@ -99,6 +100,7 @@ def prepare_mix(args: PrepareArgs, sources: list[MixedSource], name: str) -> Pat
         style=style,
         mask_prompt=args.mask_prompt,
         max_seq_length=max_seq_length,
+        vocab_size=config.vocab_size,
         quality=quality,
         near=near,
         refuses_templates=args.template_applied is None,
@@ -215,9 +217,7 @@ def _check_same_data(destination: Path, before: dict, args: PrepareArgs) -> None
         return  # which is what is wrong, and is said when it is read
     differences = [name for name in DATA_FLAGS if _source(before.get(name)) != _source(now.get(name))]
     if differences:
-        then, given = (
-            ", ".join(f"--{name} {arguments.get(name)}" for name in differences) for arguments in (before, now)
-        )
+        then, given = (", ".join(str(a.get(name) or f"no {name}") for name in differences) for a in (before, now))
         raise InputError(
             f"{destination} holds other data ({then}) than are asked for now ({given}); name another "
             "--destination_path, or add --overwrite true"
@@ -226,7 +226,7 @@ def _check_same_data(destination: Path, before: dict, args: PrepareArgs) -> None
 
 def _source(value: object) -> object:
     is_path = isinstance(value, str) and "://" not in value
-    return Path(value).absolute() if is_path else value
+    return Path(value).resolve() if is_path else value
 
 
 @contextmanager

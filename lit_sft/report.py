@@ -34,7 +34,7 @@ def write_data_report(folder: Path, name: str, facts: dict, tokenizer: Tokenizer
         "sources": facts.get("sources", ()),
         "splits": [_counts(split, names) for split in splits],
         "histogram": _histogram(splits, facts.get("max_seq_length")),
-        "masked": any((split.n_labels < split.lengths - 1).any() for split in splits),
+        "masked": facts.get("mask_prompt", True) and any((s.n_labels < s.lengths - 1).any() for s in splits),
         "leaked": _leakage(train, val, names),
         "extremes": _extremes(splits, names, tokenizer),
         "sharing": _sharing(train, tokenizer),

@@ -8,6 +8,10 @@ LEARNED = {
     "train": True,  # Axolotl
     "training": True,
     "trainable": True,
+    "train_on_turn": True,
+    "learn": True,
+    "compute_loss": True,
+    "output_with_loss": True,  # XTuner
     "loss": True,  # ms-swift, XTuner
     "loss_scale": True,
     "loss_weight": True,
@@ -33,9 +37,13 @@ LOST = {
     "assistant_masks": _MASK,
     "completion_mask": _MASK,
     "labels_mask": _MASK,
+    "train_mask": _MASK,
     "tool_calls": _CALL,
     "tool_call": _CALL,
     "function_call": _CALL,
+    "function_calls": _CALL,
+    "tool_plan": "a plan of tool calls",  # Cohere
+    "tool_responses": "answers of tools",
     "tools": _TOOLS,
     "functions": _TOOLS,
     "reasoning_content": _THOUGHT,
@@ -43,6 +51,7 @@ LOST = {
     "reasoning_details": _THOUGHT,
     "thinking": _THOUGHT,
     "thinking_blocks": _THOUGHT,
+    "thinking_content": _THOUGHT,
     "thought": _THOUGHT,
     "thoughts": _THOUGHT,
     "refusal": "a refusal",
@@ -71,7 +80,10 @@ DIALOGUE = {
 }
 """Columns that are parts of a dialogue, and which; refused where they are not read."""
 
-PREFERENCE = ("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages")
+PREFERENCE = (
+    *("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages"),
+    *("preferred_output", "non_preferred_output"),
+)
 """Columns of which one at most is to be learned; the user names it."""
 
 ENDS = ("eot", "need_eos_token")

@@ -207,6 +207,11 @@ def _check_resume(args: TrainArgs) -> None:
             f"{out_dir} holds a finished run; --extend true with a larger --epochs or --max_steps gives it more steps, "
             "or name another --out_dir"
         )
+    if (out_dir / DONE).is_file() and not saved_states(out_dir):
+        raise InputError(
+            f"--extend true: {out_dir} holds a finished run without a saved state to go on from; start a new run from "
+            f"its adapter with --init_from {out_dir} and another --out_dir"
+        )
     if not (out_dir / RUN_ARGUMENTS).is_file():
         if args.extend:
             raise InputError(f"--extend true: {out_dir} holds no run to extend; name its --out_dir")

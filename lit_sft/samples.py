@@ -1,6 +1,6 @@
 """Text → tokens and labels, made together in one pass."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -96,6 +96,18 @@ def _check_prompts(messages: tuple[Message, ...], mask_prompt: bool) -> None:
 def encode_prompt(messages: tuple[Message, ...], style: str, tokenizer: Tokenizer) -> list[int]:
     """The ids that generation starts from: those of ``encode_sample`` up to the response that is still to come."""
     return [i for _, new in _stretches(messages, style, tokenizer) for i in new]
+
+
+def check_ids(ids: Iterable[int], vocab_size: int, tokenizer: Tokenizer) -> None:
+    """Require an embedding for each id; InputError names the first token without one, and what to do."""
+    lost = next((i for i in ids if i >= vocab_size), None)
+    if lost is not None:
+        written = tokenizer.control_text(lost) or tokenizer.decode([lost])
+        raise InputError(
+            f"the token {written!r} has the id {lost}, and the model has embeddings for ids below {vocab_size}: the "
+            f"tokenizer in {tokenizer.checkpoint_dir} is not that of its weights; download the checkpoint again, or "
+            "name a --prompt_style that does without the token"
+        )
 
 
 def stop_ids(style: str, tokenizer: Tokenizer) -> list[int]:

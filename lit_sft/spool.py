@@ -24,7 +24,7 @@ from lit_sft.atomic import write_atomically
 from lit_sft.errors import InputError, Interrupted, stops
 from lit_sft.measures import measure, signatures
 from lit_sft.prompts import Sample
-from lit_sft.samples import encode_sample, is_text
+from lit_sft.samples import check_ids, encode_sample, is_text
 from lit_sft.sources import SHOWN, Problem, SampleStream, refusal
 from lit_sft.tokenizer import Tokenizer
 from lit_sft.workers import Workers
@@ -55,6 +55,8 @@ class Encoding:
     style: str
     mask_prompt: bool
     max_seq_length: int
+    vocab_size: int
+    """Ids that the model has embeddings for."""
     quality: bool
     """Whether the shares are measured that filters ask for."""
     near: bool
@@ -233,6 +235,7 @@ def write_chunk(
             continue
         try:
             example = encode_sample(item, encoding.style, tokenizer, encoding.mask_prompt)
+            check_ids(example.input_ids, encoding.vocab_size, tokenizer)
         except InputError as error:
             problems.append(Problem(item.place, str(error)))
             continue

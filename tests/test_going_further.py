@@ -118,6 +118,14 @@ def same(one: Path, other: Path) -> bool:
     return all(torch.equal(pair[0][name], pair[1][name]) for name in pair[0])
 
 
+def test_flags_win_wherever_they_stand(data: tuple[Path, Path], tmp_path: Path, typed: Callable[..., str]) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"data_dir": str(data[1]), "epochs": 2, "max_steps": 3}))
+    out = typed("--epochs", 1, "--out_dir", tmp_path / "a", "--config", tmp_path / "c.yaml", "--learning_rate", 1e-3)
+    assert "which --epochs 1 ends; learning rate 0.001" in out and (tmp_path / "a" / "DONE").is_file()
+    out = typed(f"--config={tmp_path / 'c.yaml'}", "--out_dir", tmp_path / "b", "--max_steps", "null")
+    assert "2 epochs, which --epochs 2 ends" in out
+
+
 # --- --extend
 
 
@@ -158,6 +166,18 @@ def test_an_interrupted_extension_goes_on_to_the_same_bits(data: tuple[Path, Pat
         lora.main(lora_args(data[1], out, **(ONE | {"epochs": 2}), extend=bool(pauses != 1)))
         assert (out / "DONE").read_text() == "12 steps\n"
     assert same(tmp_path / "whole", tmp_path / "paused")
+
+
+def test_a_finished_run_without_a_state_is_not_extended_over_its_result(
+    data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    lora.main(lora_args(data[1], out, **ONE))
+    shutil.rmtree(out / "checkpoints")
+    before = (out / "adapter" / "adapter.safetensors").read_bytes()
+    with pytest.raises(InputError, match=r"without a saved state to go on from; .* --init_from"):
+        lora.main(lora_args(data[1], out, **(ONE | {"epochs": 2}), extend=True))
+    assert (out / "adapter" / "adapter.safetensors").read_bytes() == before and (out / "DONE").is_file()
 
 
 def test_an_unfinished_run_is_extended_only_when_asked(data: tuple[Path, Path], tmp_path: Path) -> None:

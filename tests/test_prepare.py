@@ -351,7 +351,7 @@ def test_other_data_do_not_replace_those_of_a_folder(command, home):
     command("prepare_csv", "--csv_path", "d.csv")
     before = {path.name: path.read_bytes() for path in (home / "data/csv").iterdir()}
     complaint = command("prepare_csv", "--csv_path", "other.csv", code=2)
-    assert "data/csv holds other data (--data_file d.csv) than are asked for now (--data_file other.csv)" in complaint
+    assert "data/csv holds other data (d.csv) than are asked for now (other.csv)" in complaint
     assert "--destination_path" in complaint and "--overwrite true" in complaint
     assert before == {path.name: path.read_bytes() for path in (home / "data/csv").iterdir()}
     # the same file by another name for it, edited, and with other flags
