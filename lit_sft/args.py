@@ -12,6 +12,10 @@ from lit_sft.styles import AS_WRITTEN, CHAT_TEMPLATE, PROMPT_STYLES
 STYLES = (
     f"{', '.join(PROMPT_STYLES)}, {CHAT_TEMPLATE}, {AS_WRITTEN}, a Jinja or text file, or text with {{instruction}}"
 )
+ACCEPT_HELP = (
+    "field of config.json that you know to change nothing: it is taken as absent; FIELD.KEY names a key in one, and "
+    "several have commas between, or the flag is repeated"
+)
 CHECKPOINT_DIR_HELP = "converted checkpoint, with or without checkpoints/ in front"
 
 
@@ -24,9 +28,12 @@ MOST |= {"lora_r": 1 << 16, "lora_alpha": 1e6}
 """Where it is another."""
 
 
-def arg(default: Any, text: str, *aliases: str, bare: bool = False) -> Any:
-    """A dataclass field that is a flag, with its help and its other spellings; ``bare``: the name may be left out."""
-    return field(default=default, metadata={"help": text, "aliases": aliases, "bare": bare})
+def arg(default: Any, text: str, *aliases: str, bare: bool = False, several: bool = False) -> Any:
+    """A dataclass field that is a flag, with its help and its other spellings.
+
+    ``bare``: the name may be left out. ``several``: text with commas in it, which repeated flags make as well.
+    """
+    return field(default=default, metadata={"help": text, "aliases": aliases, "bare": bare, "several": several})
 
 
 @dataclass
@@ -81,9 +88,7 @@ class ConvertArgs(Args):
 
     checkpoint_dir: str | None = arg(None, "downloaded checkpoint, with or without checkpoints/ in front")
     dtype: Literal["float32", "bfloat16", "float16"] | None = arg(None, "precision to store (default: the source's)")
-    accept_config_key: str | None = arg(
-        None, "fields of config.json that you know to change nothing, with commas between: they are not read"
-    )
+    accept_config_key: str | None = arg(None, ACCEPT_HELP, several=True)
     model_name: str | None = arg(None, "accepted as in Lit-GPT, without effect: config.json says what the model is")
     verify: bool = arg(False, "compare the logits with those of transformers; needs 4 bytes of memory per parameter")
 
@@ -100,6 +105,7 @@ class DoctorArgs(Args):
         "checkpoint, converted or not, with or without checkpoints/ in front; may stand without its name",
         bare=True,
     )
+    accept_config_key: str | None = arg(None, ACCEPT_HELP, several=True)
 
     def checks(self) -> dict[str, bool]:  # noqa: D102
         return super().checks() | {"--checkpoint_dir is missing": self.checkpoint_dir is None}

@@ -18,6 +18,7 @@ from lit_sft.config import ModelConfig
 from lit_sft.documents import read_json
 from lit_sft.errors import InputError
 from lit_sft.families import find_family
+from lit_sft.families.bookkeeping import QUANTIZATION
 from lit_sft.layout import (
     ACCEPTED,
     ADAPTER_CONFIG,
@@ -292,6 +293,7 @@ def save_model(directory: Path, model: GPT, source_dir: Path, facts: dict) -> No
     family = find_family(hf_config)
     if family.wrapper:  # the rest of a multimodal model does not come along
         hf_config = family.exported_config(hf_config)
+    hf_config = {name: value for name, value in hf_config.items() if name not in QUANTIZATION}  # no weight is
     hf_config["tie_word_embeddings"] = model.config.tie_embeddings
     state = model.state_dict()
     if model.config.tie_embeddings:

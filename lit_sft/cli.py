@@ -122,7 +122,7 @@ def run(main: Callable, argv: list[str] | None = None, prog: str | None = None) 
         if argv and argv[0][:1] not in ("-", "") and "path" in get_type_hints(_arguments(main)):
             argv = ["--path", *argv]  # the one thing that a command looks at needs no name
         parser = make_parser(main, prog or Path(sys.argv[0]).name)
-        namespace = parser.parse_args(_config_first(_named(main, argv)))
+        namespace = parser.parse_args(_joined(main, _config_first(_named(main, argv))))
         from_file = namespace.pop("config") is not None
         values = namespace.as_dict()
         code = main(_arguments(main)(**(values | _limits_given_up(values, argv) if from_file else values))) or 0
@@ -192,6 +192,21 @@ def _named(main: Callable, argv: list[str]) -> list[str]:
     """The arguments with the name of the flag that may lack it: ``doctor DIR`` is ``doctor --checkpoint_dir=DIR``."""
     bare = [f.name for f in fields(next(iter(get_type_hints(main).values()))) if f.metadata.get("bare")]
     return [f"--{bare[0]}={argv[0]}", *argv[1:]] if bare and argv and not argv[0].startswith("-") else argv
+
+
+def _joined(main: Callable, argv: list[str]) -> list[str]:
+    """The arguments with flags that may be repeated once each: ``--x a --x b`` is ``--x=a,b``."""
+    for flag in (f"--{f.name}" for f in fields(_arguments(main)) if f.metadata.get("several")):
+        rest, values, words = [], [], iter(argv)
+        for word in words:
+            name, equals, value = word.partition("=")
+            if name != flag:
+                rest.append(word)
+            else:
+                values.append(value if equals else next(words, None))
+        if len(values) > 1 and None not in values:
+            argv = [*rest, f"{flag}={','.join(values)}"]
+    return argv
 
 
 def _forget_rank(main: Callable) -> None:

@@ -17,7 +17,9 @@ from lit_sft.config import ModelConfig
 from lit_sft.documents import read_json
 from lit_sft.errors import InputError
 from lit_sft.families import find_family
+from lit_sft.families.bookkeeping import QUANTIZATION
 from lit_sft.families.family import Family, Fused, Stacked, Target, WeightNames
+from lit_sft.families.fields import Fields
 from lit_sft.layout import ACCEPTED, HF_CONFIG, resolve_checkpoint_dir
 from lit_sft.locks import lock
 from lit_sft.model import GPT
@@ -25,6 +27,8 @@ from lit_sft.weight_files import adapter_note, choose_weights
 from lit_sft.weights import SAFETENSORS_NAMES, Weight, write_checkpoint
 
 QUANTIZED = "quantized checkpoints do not convert; take the unquantized weights"
+QUANTIZED_ALWAYS = ("bitnet",)
+"""Methods of quantization whose full-precision weights are not what the model computes with."""
 
 
 def convert_checkpoint(args: ConvertArgs) -> Path:
@@ -38,9 +42,8 @@ def convert_checkpoint(args: ConvertArgs) -> Path:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     try:
         family = find_family(hf_config)
-        accepted = _accepted(args.accept_config_key, hf_config)
-        leftover = leftover_quantization(hf_config, source)
-        told, fields = family.read_fields(hf_config, accepted + leftover)
+        accepted = accepted_keys(args.accept_config_key, family, hf_config)
+        told, fields, leftover = read_config(family, hf_config, source, accepted)
         config = with_vocabulary_of(source, family, told)
         weights = to_lit(source, family, config, dtype)
     except InputError as error:
@@ -48,11 +51,10 @@ def convert_checkpoint(args: ConvertArgs) -> Path:
     notes = [files_note, adapter_note(directory)]
     notes += [f"config.json: {note}" for note in fields.notes]
     notes.append(f"config.json: {', '.join(accepted)}: not read, as you say" if accepted else None)
-    notes.append("config.json: quantization_config: not read, all weights are in full precision" if leftover else None)
-    accepted += leftover
     notes.append(vocabulary_note(told, config) if config != told else None)
     for note in filter(None, notes):
         print(f"notice: {note}")
+    accepted += leftover
     with lock(directory), renewing(directory, "lit_model*") as folder:
         facts = {"family": family.name} | ({ACCEPTED: accepted} if accepted else {})
         write_checkpoint(folder, config, weights, facts)
@@ -62,19 +64,52 @@ def convert_checkpoint(args: ConvertArgs) -> Path:
     return directory
 
 
-def _accepted(given: str | None, hf_config: dict) -> list[str]:
+def accepted_keys(given: str | None, family: Family, hf_config: dict) -> list[str]:
     """The fields of config.json that --accept_config_key names; InputError for one that is not there."""
     names = [name for part in (given or "").split(",") if (name := part.strip())]
-    known = hf_config.keys() | (hf_config.get("text_config") or {}).keys()
-    if absent := [name for name in names if name not in known]:
-        raise InputError(f"--accept_config_key {absent[0]}: config.json has no such field; leave it out")
+    for name in names:
+        place: object = family.text_fields(hf_config)
+        for key in name.split("."):
+            if not isinstance(place, dict) or key not in place:
+                raise InputError(f"--accept_config_key {name}: config.json has no such field; leave it out")
+            place = place[key]
     return names
 
 
-def leftover_quantization(hf_config: dict, source: list[Weight]) -> list[str]:
-    """The name of a quantization_config that says nothing of these weights: none has fewer than 16 bits."""
-    is_full = all(weight.dtype.is_floating_point and weight.dtype.itemsize >= 2 for weight in source)
-    return ["quantization_config"] if hf_config.get("quantization_config") and is_full else []
+def read_config(
+    family: Family, hf_config: dict, source: list[Weight], accepted: list[str]
+) -> tuple[ModelConfig, Fields, list[str]]:
+    """What config.json says, its fields, and which of them speak of a quantization that the weights do not have.
+
+    Those are of a model that was trained quantized and merged, or of one that would be quantized when it is loaded.
+    InputError as for ``Family.read_fields``, and where the weights are quantized, or are to be in every forward pass.
+    """
+    content = family.text_fields(hf_config)
+    leftover = [name for name in QUANTIZATION if content.get(name) and name not in accepted]
+    config, fields = family.read_fields(hf_config, accepted + leftover)
+    names = family.names(config) if leftover else None
+    for name in leftover:
+        method = content[name].get("quant_method") if isinstance(content[name], dict) else None
+        what = f"{name} ({method})" if method else name
+        if method in QUANTIZED_ALWAYS:
+            raise InputError(f"config.json: {what} quantizes weights and activations in every pass: {QUANTIZED}")
+        for weight in source:
+            if _is_quantized(weight) and not _is_buffer(weight, names):
+                raise InputError(f"config.json has {what}, weight {weight.name!r} is {weight.dtype}: {QUANTIZED}")
+        fields.notes.append(f"{what}: not read, all weights are in full precision")
+    return config, fields, leftover
+
+
+def _is_quantized(weight: Weight) -> bool:
+    return not weight.dtype.is_floating_point or weight.dtype.itemsize < 2
+
+
+def _is_buffer(weight: Weight, names: WeightNames) -> bool:
+    """True for what is known and passed over; what is not known is a part of the model here."""
+    try:
+        return names.find(weight.name) is None
+    except InputError:
+        return False
 
 
 def with_vocabulary_of(source: list[Weight], family: Family, config: ModelConfig) -> ModelConfig:

@@ -12,8 +12,9 @@ from lit_sft.atomic import Manifest
 from lit_sft.checkpoint import check_model
 from lit_sft.config import ModelConfig
 from lit_sft.convert import (
-    leftover_quantization,
+    accepted_keys,
     open_safetensors,
+    read_config,
     source_weights,
     to_lit,
     vocabulary_note,
@@ -25,7 +26,7 @@ from lit_sft.errors import InputError
 from lit_sft.families import find_family
 from lit_sft.families.bookkeeping import BOOKKEEPING
 from lit_sft.families.family import Family
-from lit_sft.families.fields import NEUTRAL
+from lit_sft.families.fields import NEUTRAL, Fields
 from lit_sft.layout import ACCEPTED, HF_CONFIG, MANIFEST, resolve_checkpoint_dir
 from lit_sft.prompts import style_label
 from lit_sft.samples import default_style, stop_ids
@@ -62,7 +63,7 @@ def examine(args: DoctorArgs) -> None:
     found = Findings()
     config = None
     with found.part():
-        config = _model(directory, found)
+        config = _model(directory, args.accept_config_key, found)
     with found.part():
         _tokenizer(directory, config, found)
     if note := adapter_note(directory):
@@ -78,13 +79,15 @@ def examine(args: DoctorArgs) -> None:
     print("it can be used" + (f"; {len(found.suspicious)} suspicious, see above" if found.suspicious else ""))
 
 
-def _model(directory: Path, found: Findings) -> ModelConfig | None:
+def _model(directory: Path, accept_config_key: str | None, found: Findings) -> ModelConfig | None:
     """Config, weights and manifest; gives the config where it could be read."""
     hf_config = read_json(directory / HF_CONFIG)
     family = find_family(hf_config)
     architecture = ", ".join(hf_config.get("architectures") or [f"model_type {hf_config.get('model_type')}"])
     found.lines["family"] = f"{family.name} ({architecture})"
-    config, fields = family.read_fields(hf_config, _accepted(directory, hf_config))
+    accepted = [*accepted_keys(accept_config_key, family, hf_config), *_accepted_before(directory)]
+    config, fields = _read(directory, family, hf_config, accepted)
+    found.lines |= {"accepted": ", ".join(accepted)} if accepted else {}
     found.lines |= {"notes": "; ".join(fields.notes)} if fields.notes else {}
     config = _fitted(directory, family, config, found)
     found.lines["shape"] = ", ".join(f"{name} {getattr(config, name)}" for name in SHAPE)
@@ -100,14 +103,18 @@ def _model(directory: Path, found: Findings) -> ModelConfig | None:
     return config
 
 
-def _accepted(directory: Path, hf_config: dict) -> list[str]:
-    """The fields of config.json that conversion was told, or finds, to change nothing."""
-    if (directory / MANIFEST).is_file():
-        return Manifest.read(directory).facts.get(ACCEPTED, [])
+def _accepted_before(directory: Path) -> list[str]:
+    """The fields of config.json that the conversion took as absent."""
+    return Manifest.read(directory).facts.get(ACCEPTED, []) if (directory / MANIFEST).is_file() else []
+
+
+def _read(directory: Path, family: Family, hf_config: dict, accepted: list[str]) -> tuple[ModelConfig, Fields]:
+    """What config.json says, and its fields."""
     try:
-        return leftover_quantization(hf_config, source_weights(directory))
+        source = source_weights(directory)
     except InputError:  # which is said by who looks at the weights
-        return []
+        return family.read_fields(hf_config, accepted)
+    return read_config(family, hf_config, source, accepted)[:2]
 
 
 def _fitted(directory: Path, family: Family, told: ModelConfig, found: Findings) -> ModelConfig:

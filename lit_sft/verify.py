@@ -13,6 +13,7 @@ from lit_sft.config import ModelConfig
 from lit_sft.convert import convert_checkpoint, source_weights
 from lit_sft.documents import read_json
 from lit_sft.errors import InputError, RunFailed
+from lit_sft.families.bookkeeping import QUANTIZATION
 from lit_sft.layout import HF_CONFIG, MANIFEST, resolve_checkpoint_dir
 from lit_sft.weight_files import adapter_note, choose_weights
 
@@ -83,6 +84,9 @@ def _config_of_transformers(directory: Path) -> Any:
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        for name in QUANTIZATION:  # what converts is in full precision, and is compared so
+            for part in (config, config.get_text_config()):
+                part.__dict__.pop(name, None)
         known = _auto_model(config) is not None
     except (ValueError, KeyError, OSError):
         known = False

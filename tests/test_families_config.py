@@ -552,7 +552,7 @@ def test_without_architectures_the_model_type_decides() -> None:
         (LLAMA_2_7B, {"quantization": {"bits": 4, "group_size": 64}}, "quantization = "),
         (LLAMA_2_7B, {"layer_types": ["full_attention"] * 31 + ["sliding_attention"]}, "layer_types"),
         (LLAMA_2_7B, {"num_local_experts": 8}, "num_local_experts = 8"),
-        (LLAMA_2_7B, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
+        (LLAMA_2_7B, {"rope_scaling": {"type": "proportional", "factor": 2.0}}, "'proportional' is not supported"),
         (
             LLAMA_2_7B,
             {"rope_scaling": QWEN_YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},

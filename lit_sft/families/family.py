@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError
+from lit_sft.families.bookkeeping import IMAGES_AND_SOUNDS, QUANTIZATION
 from lit_sft.families.fields import Fields
 from lit_sft.families.rotary import respell_rope
 from lit_sft.families.wrappers import ANY, Wrapper
@@ -93,18 +94,15 @@ class Family:
 
     def read_fields(self, hf_config: dict, accepted: Collection[str] = ()) -> tuple[ModelConfig, Fields]:
         """As ``read_config``, with the fields, which know what was read of them."""
-        fields = Fields(self._text_fields(hf_config))
+        fields = Fields(self.text_fields(hf_config), accepted)
         try:
             config = _within_a_chunk(self.read(fields), fields)
         except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise InputError(f"config.json: a field has the wrong type or value ({error})") from None
-        # what an outer config says of images is not the text model's
-        outer = hf_config.keys() - self.wrapper.text_of(hf_config).keys() if self.wrapper else ()
-        fields.check_known(self.name, accepted)
-        fields.check_unknown(self.name, {*accepted, *outer})
+        fields.check_unread(self.name, config, IMAGES_AND_SOUNDS if self.wrapper else ())
         return config, fields
 
-    def _text_fields(self, hf_config: dict) -> dict:
+    def text_fields(self, hf_config: dict) -> dict:
         """The fields that say what the text model computes."""
         if self.wrapper is None:
             return text_config(hf_config)
@@ -114,11 +112,13 @@ class Family:
 
     def exported_config(self, hf_config: dict) -> dict:
         """The config.json of the weights under the names that are written: a multimodal model's text model alone."""
-        hf_config = {key: value for key, value in hf_config.items() if key != "transformers_weights"}  # a file's name
+        dropped = ("transformers_weights", *QUANTIZATION)  # a file's name; what converted is not quantized
+        hf_config = {key: value for key, value in hf_config.items() if key not in dropped}
         if self.wrapper is None:
             return respell_rope(self.respell(hf_config))
         outer = {key: value for key, value in self.wrapper.outer_of(hf_config).items() if key in OF_THE_WHOLE}
         text = text_config(outer | {"text_config": self.wrapper.text_of(hf_config)})
+        text = {key: value for key, value in text.items() if key not in dropped}
         return respell_rope(text) | {"architectures": [self.architectures[0]], "model_type": self.model_types[0]}
 
     def names(self, config: ModelConfig) -> WeightNames:
@@ -126,8 +126,12 @@ class Family:
         return WeightNames(self, config)
 
 
-BUFFERS = r"(.*\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
-"""What older versions of transformers saved, and every one makes from config.json."""
+BUFFERS = (
+    r"(.*\.)?(maybe_)?(rotary|rotary_emb|rotary_emb_local|rotary_pos_emb|rope)"
+    r"\.(\w*inv_freq|(\w*_)?(cos|sin)(_cached?)?)"
+)
+"""Tables of angles that older versions of transformers and code of repositories saved; all make them from
+config.json, and transformers passes over those in a file."""
 OF_THE_WHOLE = (
     *("bos_token_id", "eos_token_id", "pad_token_id"),
     *("tie_word_embeddings", "dtype", "torch_dtype", "transformers_version"),
@@ -146,16 +150,27 @@ def text_config(hf_config: dict) -> dict:
 
 
 def _within_a_chunk(config: ModelConfig, fields: Fields) -> ModelConfig:
-    """A context within which dual chunk attention is plain attention: that of its first chunk."""
+    """A context within which dual chunk attention is plain attention: that of its first chunk.
+
+    Source: Qwen's implementation in vLLM. Up to ``chunk_size`` distances are their own; scores are scaled beyond
+    ``original_max_position_embeddings``; keys that begin with sparse_attention choose an approximation.
+    """
     chunks = fields.get("dual_chunk_attention_config", default={})
     if not chunks:
         return config
-    chunk_size = chunks["chunk_size"] if isinstance(chunks, dict) and type(chunks.get("chunk_size")) is int else 0
-    if chunk_size < 1:
-        raise InputError(f"config.json: dual_chunk_attention_config = {chunks!r:.99} has no chunk_size")
-    if chunk_size < config.block_size:
-        fields.notes.append(f"dual_chunk_attention_config: the context is its first chunk, {chunk_size} tokens")
-    return replace(config, block_size=min(config.block_size, chunk_size))
+    name = "config.json: dual_chunk_attention_config"
+    if not isinstance(chunks, dict):
+        raise InputError(f"{name} is {chunks!r:.99}; it must be an object")
+    known = {"chunk_size", "local_size", "original_max_position_embeddings"}
+    odd = (key for key in chunks if key not in known and not key.startswith("sparse_attention"))
+    if key := next(odd, None):
+        raise InputError(f"{name}.{key} = {chunks[key]!r:.60} is not known; the plain attention computed here lacks it")
+    limits = [chunks.get("chunk_size"), chunks.get("original_max_position_embeddings", config.block_size)]
+    if not all(type(limit) is int and limit > 0 for limit in limits):
+        raise InputError(f"{name} = {chunks!r:.99} has no chunk_size, or one that is no positive integer")
+    block_size = min(config.block_size, *limits)
+    fields.notes.append(f"dual_chunk_attention_config: plain attention up to {block_size} tokens, which is the context")
+    return replace(config, block_size=block_size)
 
 
 class WeightNames:

@@ -3,8 +3,9 @@
 from collections.abc import Collection
 from typing import Any
 
+from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError
-from lit_sft.families.bookkeeping import BOOKKEEPING
+from lit_sft.families.bookkeeping import BOOKKEEPING, QUANTIZATION
 
 OFF = """
     add_bias_linear add_cross_attention add_qkv_bias alibi apply_residual_connection_post_layernorm attention_bias
@@ -43,21 +44,20 @@ NEUTRAL: dict[str, tuple] = {
     **dict.fromkeys(OFF.split(), (None, False, 0, 0.0, "")),
     **dict.fromkeys(ONE.split(), (None, 1, 1.0)),
     **dict.fromkeys(ABSENT.split(), (None,)),
+    **dict.fromkeys(("causal", "is_causal", "use_causal_mask"), (None, True)),
+    **dict.fromkeys(("elementwise_affine", "layer_norm_elementwise_affine"), (None, True)),
     "decoder_sparse_step": (None, 1),
     "full_attn_mod": (None, 0, 1),
     "hidden_act": (None, "silu", "swish"),
-    "is_causal": (None, True),
-    "layer_norm_elementwise_affine": (None, True),
     "layer_types": (None, "full_attention"),
     "mlp_layer_types": (None, "dense"),
     "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}),
     "position_embedding_type": (None, "absolute", "rope", "rotary"),
     "rope_theta": (None, 10000, 10000.0),
     "rotary_emb_base": (None, 10000, 10000.0),
     "scale_attn_weights": (None, True),
     "scoring_func": (None, "softmax"),
-    "use_rope": (None, True),
-    "use_rotary": (None, True),
 }
 """Fields that change the computation in some architecture, and the values, of a list each, with which they do not."""
 COUNTS = """
@@ -72,8 +72,14 @@ OBJECTS = {"rope_parameters", "rope_scaling"}
 class Fields:
     """A config.json that remembers which of its fields were read."""
 
-    def __init__(self, content: dict) -> None:
+    def __init__(self, content: dict, accepted: Collection[str] = ()) -> None:
+        """``accepted``: names of fields, or FIELD.KEY of a key in one, that a person knows to change nothing.
+
+        They are taken as absent.
+        """
         self.content = content
+        for path in accepted:
+            self.content = _without(self.content, path.split("."))
         self.read: set[str] = set()
         self.notes: list[str] = []
         """What is to be said of fields that are there and not computed."""
@@ -129,32 +135,89 @@ class Fields:
             raise InputError(f"config.json: {names[0]} = {value!r} is not supported; supported: {', '.join(known)}")
         return known[value]
 
-    def check_unknown(self, family: str, accepted: Collection[str]) -> None:
-        """InputError for a field of which it is not known whether it changes the computation.
+    def check_unread(self, family: str, config: ModelConfig, outer: Collection[str]) -> None:
+        """InputError, with all of them, for fields that were not read and may change the computation.
 
-        ``accepted``: fields that a person knows to change nothing. Null, false and what is empty mean that a field is
-        not used.
+        Null, false and what is empty mean that a field of an unknown name is not used.
+
+        Args:
+            family: its name.
+            config: what was read, which a field may say once more.
+            outer: names around a multimodal model's text model that are known to say nothing of it.
         """
+        said = said_by(config)
+        neutral = {name: NEUTRAL.get(name, (None,)) + said.get(name, ()) for name in NEUTRAL.keys() | said.keys()}
         # sizes: those of the weights are compared with what was read
-        known = self.read | NEUTRAL.keys() | BOOKKEEPING | {*COUNTS, *accepted}
-        unknown = {name: value for name, value in self.content.items() if name not in known and not _is_unused(value)}
+        known = self.read | BOOKKEEPING | {*COUNTS, *outer}
+        changing, unknown = {}, {}
+        for name, value in self.content.items():
+            if name in self.read:
+                continue
+            if name in neutral:
+                values = value if isinstance(value, list) else [value]  # of each layer its own
+                if any(v not in neutral[name] for v in values):
+                    changing[name] = value
+            elif name not in known and not is_unused(value):
+                unknown[name] = value
+        problems = [f"{_told(changing)} is not supported for the {family} family"] if changing else []
         if unknown:
-            told = ", ".join(f"{name} = {value!r:.60}" for name, value in unknown.items())
-            raise InputError(
-                f"config.json: {told}: nobody here knows whether that changes what the {family} family computes; if "
-                f"you know that it does not, convert with --accept_config_key {','.join(unknown)}"
-            )
-
-    def check_known(self, family: str, accepted: Collection[str]) -> None:
-        """InputError for a field that the family did not read, that changes some computation and is not neutral."""
-        for name, neutral in NEUTRAL.items():
-            value = self.content.get(name)
-            values = value if isinstance(value, list) else [value]  # of each layer its own
-            if name not in self.read and name not in accepted and any(v not in neutral for v in values):
-                hint = "; take the unquantized weights" if name.startswith("quantization") else ""
-                hint = hint or f"; if you know that it changes nothing, convert with --accept_config_key {name}"
-                raise InputError(f"config.json: {name} = {value!r} is not supported for the {family} family{hint}")
+            problems.append(f"{_told(unknown)}: the toolkit does not know whether that changes what the model computes")
+        if problems:
+            names = ",".join([*changing, *unknown])
+            hint = f"if you know that it changes nothing, add --accept_config_key {names}"
+            hint = "take the unquantized weights" if changing.keys() & {*QUANTIZATION} else hint
+            raise InputError(f"config.json: {'; '.join(problems)}; {hint}")
 
 
-def _is_unused(value: Any) -> bool:
+def said_by(config: ModelConfig) -> dict[str, tuple]:
+    """Values with which fields that a family does not read say what is computed anyway."""
+    gated = "swiglu" if config.activation == "silu" else "geglu"
+    activations = {"silu": ("silu", "swish"), "gelu": ("gelu",), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new")}
+    norms = {kind: (kind, f"{kind}norm", f"{kind}_norm") for kind in ("rms", "layer")}
+    norms = {"rms": (*norms["rms"], "RMSNorm"), "layer": (*norms["layer"], "LayerNorm")}
+    shares = (config.normalize_experts,) if config.n_expert else (True, False)
+    all_biases = config.qkv_bias and config.projection_bias and config.mlp_bias
+    switches = {
+        "attention_qk_norm qk_layernorm qk_norm query_key_norm use_qk_layernorm use_qk_norm": config.qk_norm != "none",
+        "add_qkv_bias attention_bias attn_qkv_bias qkv_bias use_qkv_bias": config.qkv_bias,
+        "attention_out_bias o_bias proj_bias": config.projection_bias,
+        "mlp_bias": config.mlp_bias,
+        "add_bias_linear bias enable_bias use_bias use_biases": all_biases,
+        "norm_bias": config.norm_bias,
+        "parallel_attn parallel_block parallel_residual use_parallel_residual": config.parallel_residual,
+        "pre_norm": config.pre_norm,
+        "use_post_norm": config.post_norm,
+        "rms_norm use_rms_norm use_rmsnorm": config.norm == "rms",
+        "gated_mlp glu swiglu use_gated_mlp use_glu use_swiglu": config.gated_mlp,
+        "rotary use_rope use_rotary use_rotary_emb use_rotary_embeddings use_rotary_pos_emb": config.turned > 0,
+        "no_bias": not (config.qkv_bias or config.projection_bias or config.mlp_bias),
+        "alibi": config.alibi,
+        "use_sliding_window": any(config.sliding_layers),
+        "multi_query": config.n_query_groups == 1,
+        "use_gqa": config.n_query_groups < config.n_head,
+    }
+    said = {name: (is_on,) for names, is_on in switches.items() for name in names.split()}
+    said |= dict.fromkeys(("activation", "activation_function", "hidden_act"), activations[config.activation])
+    if config.gated_mlp:
+        said["activation"] += (gated,)
+    said |= dict.fromkeys(("norm_type", "normalization_type"), norms[config.norm])
+    said |= dict.fromkeys(("sliding_window", "sliding_window_size", "window_size"), (config.sliding_window,))
+    said |= {"head_dim": (config.head_size,), "rotary_dim": (config.turned,), "num_heads": (config.n_head,)}
+    return said | {"moe_intermediate_size": (config.intermediate_size,), "norm_topk_prob": shares}
+
+
+def _without(content: dict, path: list[str]) -> dict:
+    """``content`` without the field at the end of a path of names; as it is where there is none."""
+    name, *rest = path
+    if not rest:
+        return {key: value for key, value in content.items() if key != name}
+    return content | {name: _without(content[name], rest)} if isinstance(content.get(name), dict) else content
+
+
+def is_unused(value: Any) -> bool:
+    """A field of an unknown name with this value is one that nothing uses."""
     return value is None or value is False or value in ("", [], {})
+
+
+def _told(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{name} = {value!r:.60}" for name, value in fields.items())

@@ -8,11 +8,12 @@ from typing import Any
 
 from lit_sft.errors import InputError
 from lit_sft.families.bookkeeping import HARMLESS_SCALINGS
-from lit_sft.families.fields import Fields
+from lit_sft.families.fields import Fields, is_unused
 
 KNOWN = {
-    "default": set(),
-    "linear": {"factor"},
+    "default": {"original_max_position_embeddings"},
+    "dynamic": {"factor", "original_max_position_embeddings"},
+    "linear": {"factor", "original_max_position_embeddings"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {
         *("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
@@ -39,11 +40,12 @@ def read_rope(
     that is unknown, lacks a value or is said twice.
     """
     old, new = fields.get("rope_scaling", default={}), fields.get("rope_parameters", default={})
-    local = {}
+    place, local = "rope_parameters", {}
     if local_theta is not None:
         local_base = fields.get("rope_local_base_freq", default=local_theta)
         if new.keys() & {"full_attention", "sliding_attention"}:
             new, local = new.get("full_attention") or {}, new.get("sliding_attention") or {}
+            place = "rope_parameters.full_attention"
         if local.get("rope_type", "default") != "default" or local.keys() - {"rope_type", "rope_theta"}:
             raise InputError(f"config.json: {local} for the sliding layers is not supported; they cannot be scaled")
         local = {"rope_local_theta": float(local.get("rope_theta") or local_base)}
@@ -60,19 +62,39 @@ def read_rope(
     if kind not in KNOWN:
         known = ", ".join(map(repr, KNOWN))
         raise InputError(f"config.json: rope scaling {kind!r} is not supported; supported: {known}")
-    if odd := sorted(k for k in rope.keys() - KNOWN[kind] - COMMON - HARMLESS_SCALINGS if rope[k] is not None):
-        raise InputError(f"config.json: rope scaling {kind!r} with {odd[0]} = {rope[odd[0]]!r} is not supported")
+    _check_keys(kind, {"rope_scaling": old, place: new})
     if unread := sorted(rope.keys() & HARMLESS_SCALINGS):
         fields.notes.append(f"{', '.join(unread)} of the rope scaling: not read, as in transformers")
+    if kind == "dynamic":
+        fields.notes.append(f"rope scaling 'dynamic': none within the context of {block_size} tokens")
+        kind = "default"
     size = int(head_size * (rope.get("partial_rotary_factor") or partial))
     found = {"rope_theta": float(rope.get("rope_theta") or base), "rope_type": kind, **local}
     if size != head_size:
         found["rotary_size"] = size
     original = fields.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    original = int(original or block_size)
     try:
         return found | _scaling(kind, rope, original, block_size)
     except KeyError as error:
         raise InputError(f"config.json: rope scaling {kind!r} lacks {error}") from None
+
+
+def _check_keys(kind: str, places: dict[str, dict]) -> None:
+    """InputError for keys that the scaling does not know; ``places``: where they are → those that are there."""
+    known = KNOWN[kind] | COMMON | HARMLESS_SCALINGS
+    odd = {}
+    for place, rope in places.items():
+        for name, value in rope.items():
+            is_neutral = is_unused(value) or (kind == "default" and name == "factor" and value == 1)
+            if name not in known and not is_neutral:
+                odd[f"{place}.{name}"] = value
+    if odd:
+        told = ", ".join(f"{name} = {value!r:.60}" for name, value in odd.items())
+        raise InputError(
+            f"config.json: {told}: not known to the rope scaling {kind!r}, and the toolkit does not know whether that "
+            f"changes what the model computes; if you know that it does not, add --accept_config_key {','.join(odd)}"
+        )
 
 
 def respell_rope(hf_config: dict) -> dict:
@@ -87,12 +109,11 @@ def respell_rope(hf_config: dict) -> dict:
     return config
 
 
-def _scaling(kind: str, rope: dict[str, Any], original: int | None, block_size: int) -> dict:
+def _scaling(kind: str, rope: dict[str, Any], original: int, block_size: int) -> dict:
     """The fields of one kind of scaling; KeyError for one that is missing."""
     if kind == "default":
         return {}
     if kind == "longrope":
-        original = original or rope["original_max_position_embeddings"]
         factor = rope.get("factor") or block_size / original
         stretch = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         return {
@@ -101,7 +122,10 @@ def _scaling(kind: str, rope: dict[str, Any], original: int | None, block_size: 
             "rope_original_block_size": original,
             "rope_attention_factor": float(rope.get("attention_factor") or stretch),
         }
-    factor = float(rope["factor"])
+    factor = rope["factor"]
+    if factor is None and kind == "yarn":
+        factor = block_size / original
+    factor = float(factor)
     if kind == "linear":
         return {"rope_factor": factor}
     if kind == "llama3":
@@ -109,15 +133,15 @@ def _scaling(kind: str, rope: dict[str, Any], original: int | None, block_size: 
             "rope_factor": factor,
             "rope_low_freq_factor": float(rope["low_freq_factor"]),
             "rope_high_freq_factor": float(rope["high_freq_factor"]),
-            "rope_original_block_size": int(rope["original_max_position_embeddings"]),
+            "rope_original_block_size": original,
         }
     if rope.get("truncate") is False:
-        raise InputError("config.json: rope scaling 'yarn' with truncate = False is not supported")
+        raise InputError("config.json: rope scaling 'yarn' with truncate = False is not supported: other angles")
     return {
         "rope_factor": factor,
         "rope_beta_fast": float(rope.get("beta_fast") or 32),
         "rope_beta_slow": float(rope.get("beta_slow") or 1),
-        "rope_original_block_size": int(original or block_size),
+        "rope_original_block_size": original,
         "rope_attention_factor": float(rope.get("attention_factor") or _yarn_attention_factor(rope, factor)),
     }
 
