@@ -115,13 +115,14 @@ def _compare(directory: Path, hf_config: Any, dtype: torch.dtype | None) -> tupl
     if hf_config.get_text_config().vocab_size != rows:
         hf_config.get_text_config().vocab_size = rows  # transformers does not load weights of another size
     with torch.no_grad():
-        reference = (
-            _auto_model(hf_config)
-            .from_pretrained(
+        try:
+            reference = _auto_model(hf_config).from_pretrained(
                 directory, config=hf_config, dtype=torch.float32, trust_remote_code=False, local_files_only=True
             )
-            .eval()
-        )
+        except (KeyError, ValueError) as error:
+            problem = f"{type(error).__name__}: {error}"
+            raise InputError(f"--verify: transformers cannot load it ({problem:.300}); leave --verify out") from None
+        reference.eval()
         if dtype is not None:  # the converted weights were rounded
             for parameter in reference.parameters():
                 parameter.copy_(parameter.to(dtype))

@@ -9,8 +9,9 @@ BOOKKEEPING = frozenset(
     architectures auto_map bos_token bos_token_id cls_token_id dtype eos_token eos_token_id eos_token_ids
     finetuning_task ignore_index mask_token_id model_type name_or_path _name_or_path pad_token pad_token_id prefix
     reference sep_token_id task_specific_params tokenizer_class torch_dtype transformers_version transformers_weights
-    unk_token_id _commit_hash _comment _from_model_config base_model_name_or_path comment custom_pipelines description
-    language library_name license model_name model_version pipeline_tag tags transformers.js_config version
+    unk_token_id _commit_hash _comment _from_model_config _pad_token_id base_model_name_or_path comment
+    custom_pipelines description language library_name license model_name model_version pipeline_tag tags
+    transformers.js_config version
 
     base_model_ep_plan base_model_pp_plan base_model_tp_plan cache_config cache_implementation chunk_size_feed_forward
     compile_config cross_attention_hidden_size device_map disable_compile distributed_config is_decoder is_llama_config
@@ -58,10 +59,11 @@ starts; generation; ids of images and films; lengths that other programs go by, 
 layers without a window where use_sliding_window, which is read, says that there is one."""
 IMAGES_AND_SOUNDS = frozenset(
     """
-    audio_config downsample_ratio image_grid_pinpoints multimodal_projector_bias perceiver_config projector_config
-    projector_hidden_act projector_layernorm_eps qformer_config scale_factor spatial_merge_size spatial_pool_mode
-    spatial_pool_stride use_image_newline_parameter video_seq_length vision_aspect_ratio vision_config
-    vision_feature_layer vision_feature_layers vision_feature_select_strategy
+    audio_config downsample_ratio image_grid_pinpoints multimodal_projector_bias perceiver_config
+    pixel_shuffle_factor projector_config projector_hidden_act projector_layernorm_eps qformer_config scale_factor
+    spatial_merge_size spatial_pool_mode spatial_pool_stride use_image_newline_parameter use_reentrant_checkpointing
+    use_resampler video_seq_length vision_aspect_ratio vision_config vision_feature_layer vision_feature_layers
+    vision_feature_select_strategy
     """.split()  # noqa: SIM905
 )
 """Fields around a multimodal model's text_config that say what is done with the rest."""

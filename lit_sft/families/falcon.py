@@ -90,5 +90,4 @@ FAMILY = Family(
     prefix="transformer.",
     respell=respell,
     gguf="falcon",
-    ignored=(r"transformer\.h\.\d+\.self_attention\.(rotary|maybe_rotary|rotary_emb)\.inv_freq",),
 )

@@ -71,7 +71,7 @@ class Family:
     gguf: str | None = None
     """The architecture's name in GGUF files; None: they have none that computes the same."""
     ignored: tuple[str, ...] = ()
-    """Regular expressions of Hub names that hold nothing that is trained (buffers)."""
+    """Regular expressions of Hub names that hold nothing that is trained (buffers), beside ``BUFFERS``."""
     tokenizer_class: str | None = None
     """The class that transformers has for the family's tokenizers (TOKENIZER_MAPPING_NAMES); None: it goes by the one
     that tokenizer_config.json names. ``TokenizersBackend`` takes a tokenizer.json as it is, whatever that says."""

@@ -164,7 +164,7 @@ class Fields:
             problems.append(f"{_told(unknown)}: the toolkit does not know whether that changes what the model computes")
         if problems:
             names = ",".join([*changing, *unknown])
-            hint = f"if you know that it changes nothing, add --accept_config_key {names}"
+            hint = f"if you know that it changes nothing, convert with --accept_config_key {names}"
             hint = "take the unquantized weights" if changing.keys() & {*QUANTIZATION} else hint
             raise InputError(f"config.json: {'; '.join(problems)}; {hint}")
 

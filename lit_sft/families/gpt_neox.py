@@ -64,9 +64,6 @@ FAMILY = Family(
     prefix="gpt_neox.",
     gguf="gptneox",
     modules={"embed_out": "lm_head"},
-    ignored=(
-        r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
-        r"gpt_neox\.rotary_emb\.inv_freq",
-    ),
+    ignored=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias)",),
     tokenizer_class="GPTNeoXTokenizer",
 )

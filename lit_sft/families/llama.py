@@ -85,5 +85,4 @@ FAMILY = Family(
     weight_map=weight_map,
     gguf="llama",
     defaults=DEFAULTS,
-    ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq"),
 )

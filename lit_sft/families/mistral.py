@@ -39,6 +39,5 @@ FAMILY = Family(
     weight_map=LLAMA.weight_map,
     gguf="llama",
     defaults=DEFAULTS,
-    ignored=LLAMA.ignored,
     tokenizer_class="TokenizersBackend",
 )

@@ -42,6 +42,5 @@ FAMILY = Family(
     read=read,
     weight_map=weight_map,
     gguf="llama",
-    ignored=LLAMA.ignored,
     tokenizer_class="TokenizersBackend",
 )

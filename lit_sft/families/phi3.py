@@ -6,7 +6,6 @@ Source: transformers' Phi3Config and Phi3ForCausalLM.
 from lit_sft.config import ModelConfig
 from lit_sft.families.family import Family, Target, fused, linear
 from lit_sft.families.fields import Fields
-from lit_sft.families.llama import FAMILY as LLAMA
 from lit_sft.families.llama import read_shape
 
 
@@ -44,6 +43,5 @@ FAMILY = Family(
     read=read,
     weight_map=weight_map,
     gguf="phi3",
-    ignored=LLAMA.ignored,
     tokenizer_class="TokenizersBackend",
 )

@@ -93,7 +93,8 @@ def _check_keys(kind: str, places: dict[str, dict]) -> None:
         told = ", ".join(f"{name} = {value!r:.60}" for name, value in odd.items())
         raise InputError(
             f"config.json: {told}: not known to the rope scaling {kind!r}, and the toolkit does not know whether that "
-            f"changes what the model computes; if you know that it does not, add --accept_config_key {','.join(odd)}"
+            "changes what the model computes; if you know that it does not, convert with --accept_config_key "
+            f"{','.join(odd)}"
         )
 
 

@@ -68,6 +68,5 @@ FAMILY = Family(
     weight_map=weight_map,
     respell=respell,
     gguf="stablelm",
-    ignored=LLAMA.ignored,
     tokenizer_class="TokenizersBackend",
 )

@@ -56,5 +56,4 @@ FAMILY = Family(
     read=read,
     weight_map=weight_map,
     prefix="transformer.",
-    ignored=(r"transformer\.layers\.\d+\.attention\.rotary_emb\.inv_freq",),
 )
