@@ -27,6 +27,17 @@ from lit_sft.weight_files import adapter_note, choose_weights
 from lit_sft.weights import SAFETENSORS_NAMES, Weight, write_checkpoint
 
 QUANTIZED = "quantized checkpoints do not convert; take the unquantized weights"
+STORED = {text: dtype for dtype, text in SAFETENSORS_NAMES.items()} | {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Precisions in safetensors files; those that no weight can have are of buffers or of quantized weights."""
 QUANTIZED_ALWAYS = ("bitnet",)
 """Methods of quantization whose full-precision weights are not what the model computes with."""
 
@@ -87,16 +98,17 @@ def read_config(
     content = family.text_fields(hf_config)
     leftover = [name for name in QUANTIZATION if content.get(name) and name not in accepted]
     config, fields = family.read_fields(hf_config, accepted + leftover)
-    names = family.names(config) if leftover else None
+    names, said = family.names(config), ""
     for name in leftover:
         method = content[name].get("quant_method") if isinstance(content[name], dict) else None
         what = f"{name} ({method})" if method else name
         if method in QUANTIZED_ALWAYS:
             raise InputError(f"config.json: {what} quantizes weights and activations in every pass: {QUANTIZED}")
-        for weight in source:
-            if _is_quantized(weight) and not _is_buffer(weight, names):
-                raise InputError(f"config.json has {what}, weight {weight.name!r} is {weight.dtype}: {QUANTIZED}")
         fields.notes.append(f"{what}: not read, all weights are in full precision")
+        said = f"config.json has {what}, "
+    for weight in source:
+        if _is_quantized(weight) and not _is_buffer(weight, names):
+            raise InputError(f"{said}weight {weight.name!r} is stored as {weight.dtype}: {QUANTIZED}")
     return config, fields, leftover
 
 
@@ -156,7 +168,7 @@ def open_safetensors(path: Path) -> Iterator[Weight]:
         raise InputError(f"{path} is damaged ({error}); delete it and download again") from None
     for name in file.keys():  # noqa: SIM118 (not a dict)
         entry = file.get_slice(name)
-        dtype = next((d for d, text in SAFETENSORS_NAMES.items() if text == entry.get_dtype()), None)
+        dtype = STORED.get(entry.get_dtype())
         if dtype is None:
             raise InputError(f"{path}: weight {name!r} is stored as {entry.get_dtype()}: {QUANTIZED}")
         # opened anew for each tensor: the pages of what was read before are given back

@@ -24,7 +24,7 @@ from lit_sft.convert import (
 from lit_sft.documents import read_json
 from lit_sft.errors import InputError
 from lit_sft.families import find_family
-from lit_sft.families.bookkeeping import BOOKKEEPING
+from lit_sft.families.bookkeeping import BOOKKEEPING, IMAGES_AND_SOUNDS
 from lit_sft.families.family import Family
 from lit_sft.families.fields import NEUTRAL, Fields
 from lit_sft.layout import ACCEPTED, HF_CONFIG, MANIFEST, resolve_checkpoint_dir
@@ -96,7 +96,8 @@ def _model(directory: Path, accept_config_key: str | None, found: Findings) -> M
     found.lines["switches"] = ", ".join(switches) or "none"
     n_parameters = sum(torch.Size(shape).numel() for shape in weight_shapes(config).values())
     found.lines["parameters"] = f"{n_parameters:,}"
-    if unread := sorted(fields.content.keys() - fields.read - NEUTRAL.keys() - BOOKKEEPING):
+    known = fields.read | NEUTRAL.keys() | BOOKKEEPING | (IMAGES_AND_SOUNDS if family.wrapper else set())
+    if unread := sorted(fields.content.keys() - known):
         found.lines["not read"] = ", ".join(unread)
     with found.part():
         _weights(directory, family, config, found)
@@ -165,8 +166,9 @@ def _weights(directory: Path, family: Family, config: ModelConfig, found: Findin
         choice = choose_weights(directory)
         if note := choice.note(directory):
             found.suspicious.append(note)
-        source = source_weights(directory)
+        source, names = source_weights(directory), family.names(config)
         to_lit(source, family, config, None)
+        source = [weight for weight in source if names.find(weight.name)]  # without buffers
         found.lines["files"] = f"{choice.read.lead}: {_summary(source, found)}"
     except InputError as error:
         if not is_converted:

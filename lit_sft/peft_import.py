@@ -24,7 +24,7 @@ from lit_sft.peft import OUR_FACTS, PEFT_CONFIG, PEFT_WEIGHTS, Pair, find_module
 from lit_sft.prompts import resolve_style, style_label
 from lit_sft.samples import default_style, stop_ids
 from lit_sft.tokenizer import Tokenizer
-from lit_sft.weights import Weight
+from lit_sft.weights import SAFETENSORS_NAMES, Weight
 
 PEFT_PICKLE = "adapter_model.bin"
 # fields that say nothing about what a finished adapter computes, or are read here
@@ -154,7 +154,7 @@ def _read_factors(folder: Path, base: Path, names: WeightNames) -> dict[str, tup
         if _is_of_base(weight, base, names):
             continue
         match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight", weight.name)
-        if not match or len(weight.shape) != 2:
+        if not match or len(weight.shape) != 2 or weight.dtype not in SAFETENSORS_NAMES:
             raise InputError(f"{path}: {weight.name!r} cannot be held by an adapter here; merge it with peft instead")
         tensor = weight.load()
         found.setdefault(match[1], {})[match[2]] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
