@@ -236,7 +236,7 @@ SCALINGS: dict[str, tuple[str, dict, str | None]] = {
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
         "none within the context of 512",
     ),
-    "longrope, no context": ("phi 3", {"rope_scaling": LONG}, None),
+    "longrope, Phi-3's own context": ("phi 3", {"rope_scaling": LONG, "max_position_embeddings": 8192}, None),
     "longrope, factor": (
         "llama multi-head",
         {"rope_scaling": LONG | {"factor": 8.0, "original_max_position_embeddings": 64}},

@@ -8,11 +8,9 @@ import pytest
 import torch
 from conftest import make_hf_llama
 from safetensors.torch import load_file, save_file
-from test_families import VARIANTS, make_reference
 
 from lit_sft import load_model, weights
 from lit_sft.args import ConvertArgs, ExportHFArgs
-from lit_sft.config import ModelConfig
 from lit_sft.convert import convert_checkpoint
 from lit_sft.errors import InputError
 from lit_sft.export import export_hf
@@ -191,11 +189,14 @@ def test_unmapped_and_missing_weights_are_named_and_fatal(tmp_path: Path, change
     [
         ({"architectures": ["GPT9"]}, "no known family"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}}, "'dynamic'"),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2}}, "'proportional'"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2, "beta_fast": 3}}, "beta_fast = 3"),
         ({"sliding_window": 64}, "sliding_window = 64 is not supported for the Llama family"),
         ({"rope_parameters": {"rope_type": "linear"}}, "lacks 'factor'"),
-        ({"residual_scale": 0.5}, "residual_scale = 0.5: nobody here knows .* --accept_config_key residual_scale"),
+        (
+            {"residual_scale": 0.5},
+            "residual_scale = 0.5: the toolkit does not know .* --accept_config_key residual_scale",
+        ),
         ({"use_gated_attention": True, "zeta": [1]}, "--accept_config_key use_gated_attention,zeta"),
         ({"hidden_size": "64"}, "hidden_size is '64'; it must be a positive integer"),
         ({"head_dim": 16.0}, r"head_dim is 16\.0; it must be a positive integer"),
@@ -247,44 +248,6 @@ def test_an_unknown_field_that_says_nothing_is_not_used(tmp_path: Path, value: o
     make_hf_llama(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_gated_attention": value}))
-    convert_dir(tmp_path)
-
-
-def test_a_leftover_quantization_config(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Beside whole weights it says nothing, as of a model that was trained in 4 bits and merged; else it is refused."""
-    make_hf_llama(tmp_path)
-    path, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
-    quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantized}))
-    convert_dir(tmp_path)
-    assert "quantization_config: not read, all weights are in full precision" in capsys.readouterr().out
-    tensors = load_file(weights)
-    for dtype in (torch.uint8, torch.int8, torch.float8_e4m3fn):
-        name = "model.layers.0.mlp.up_proj.weight"
-        save_file(tensors | {name: tensors[name].to(dtype)}, weights)
-        with pytest.raises(InputError, match="take the unquantized weights"):
-            convert_dir(tmp_path)
-
-
-def test_dual_chunk_attention_is_plain_within_a_chunk(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    make_reference(tmp_path, VARIANTS["qwen2"])
-    path = tmp_path / "config.json"
-    hf_config = json.loads(path.read_text())
-    chunks = {"chunk_size": 48, "local_size": 8, "original_max_position_embeddings": 48}
-    path.write_text(json.dumps(hf_config | {"dual_chunk_attention_config": chunks}))
-    convert_dir(tmp_path)
-    assert ModelConfig.from_dir(tmp_path).block_size == 48 < hf_config["max_position_embeddings"]
-    assert "dual_chunk_attention_config: the context is its first chunk, 48 tokens" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("variant", ["olmo2", "qwen3", "gemma2", "falcon 7b", "phi 3"])
-def test_buffers_of_older_versions_are_left_out(tmp_path: Path, variant: str) -> None:
-    make_reference(tmp_path, VARIANTS[variant])
-    weights = load_file(tmp_path / "model.safetensors")
-    first = next(name for name in weights if ".0." in name)
-    prefix = first.split(".0.")[0] + ".0.self_attn.rotary_emb."
-    buffers = {prefix + name: torch.ones(4) for name in ("inv_freq", "cos_cached", "sin_cached")}
-    save_file(weights | buffers | {"model.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "model.safetensors")
     convert_dir(tmp_path)
 
 

@@ -89,11 +89,17 @@ def test_switches_and_fields_that_are_not_read(tmp_path: Path, tokenizer_model: 
     make_reference(tmp_path, VARIANTS["gemma3 linear"], vocab_size=400)
     (tmp_path / "tokenizer.model").write_bytes(tokenizer_model)
     edit(tmp_path / "config.json", mystery=7, use_cache=True)
-    assert "mystery = 7: nobody here knows" in doctor(tmp_path)[1]
+    assert "mystery = 7: the toolkit does not know" in doctor(tmp_path)[1]
     edit(tmp_path / "config.json", mystery=False, quantization_config={"bits": 4})  # beside whole weights
     text, error = doctor(tmp_path)
     assert not error
-    for switch in ("norm_unit_offset True", "sliding_window 24", "sliding_layers 2 of 3", "rope_type linear"):
+    for switch in (
+        "quantization_config: not read, all weights",
+        "norm_unit_offset True",
+        "sliding_window 24",
+        "sliding_layers 2 of 3",
+        "rope_type linear",
+    ):
         assert switch in text
     assert "\n  not read    mystery\n" in text
 
@@ -129,7 +135,10 @@ def tied_but_different(directory: Path) -> None:
     [
         (remove("config.json"), "config.json is missing; download"),
         (lambda d: edit(d / "config.json", architectures=["GPT9"]), "no known family"),
-        (lambda d: edit(d / "config.json", use_gated_attention=True), "use_gated_attention = True: nobody here knows"),
+        (
+            lambda d: edit(d / "config.json", use_gated_attention=True),
+            "use_gated_attention = True: the toolkit does not know",
+        ),
         (remove("model.safetensors"), "holds no model.safetensors .* download it first"),
         (index_of_missing_shard, "model-2.safetensors is missing, though the index names it"),
         (change_weights(lambda w: {k: v for k, v in w.items() if "norm.weight" not in k}), "is missing from the check"),

@@ -150,7 +150,7 @@ def test_model_type_decides_where_architectures_is_absent(name: str) -> None:
     ("name", "fields", "message"),
     [
         ("neox", {"hidden_act": "relu"}, "hidden_act = 'relu'"),
-        ("neox", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
+        ("neox", {"rope_parameters": {"rope_type": "proportional", "factor": 2.0}}, "rope scaling 'proportional'"),
         ("neox", {"qk_norm": True}, "qk_norm = True"),
         ("falcon 7b", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
         ("falcon 7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn = 2"),

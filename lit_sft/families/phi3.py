@@ -11,6 +11,7 @@ from lit_sft.families.llama import read_shape
 
 def read(fields: Fields) -> ModelConfig:
     """ModelConfig of a Phi-3 config.json."""
+    fields.content = {"original_max_position_embeddings": 4096} | fields.content
     shape, window = read_shape(fields, block_size=4096, norm_eps=1e-5), fields.get("sliding_window")
     return ModelConfig(
         **shape,

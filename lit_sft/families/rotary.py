@@ -73,7 +73,6 @@ def read_rope(
     if size != head_size:
         found["rotary_size"] = size
     original = fields.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-    original = int(original or block_size)
     try:
         return found | _scaling(kind, rope, original, block_size)
     except KeyError as error:
@@ -110,11 +109,12 @@ def respell_rope(hf_config: dict) -> dict:
     return config
 
 
-def _scaling(kind: str, rope: dict[str, Any], original: int, block_size: int) -> dict:
+def _scaling(kind: str, rope: dict[str, Any], original: int | None, block_size: int) -> dict:
     """The fields of one kind of scaling; KeyError for one that is missing."""
     if kind == "default":
         return {}
     if kind == "longrope":
+        original = original or rope["original_max_position_embeddings"]
         factor = rope.get("factor") or block_size / original
         stretch = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         return {
@@ -123,7 +123,7 @@ def _scaling(kind: str, rope: dict[str, Any], original: int, block_size: int) ->
             "rope_original_block_size": original,
             "rope_attention_factor": float(rope.get("attention_factor") or stretch),
         }
-    factor = rope["factor"]
+    factor, original = rope["factor"], int(original or block_size)
     if factor is None and kind == "yarn":
         factor = block_size / original
     factor = float(factor)
