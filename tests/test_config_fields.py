@@ -18,6 +18,7 @@ from wrapped_models import WRAPPED, make_wrapped
 
 from lit_sft import ModelConfig, load_model
 from lit_sft.args import ConvertArgs, ExportHFArgs
+from lit_sft.checkpoint import save_model
 from lit_sft.convert import convert_checkpoint
 from lit_sft.errors import InputError
 from lit_sft.export import export_hf
@@ -126,6 +127,8 @@ LEFTOVERS = {
     "OLMo-2": (configs.OLMO_2_7B, {"qk_norm": True, "clip_qkv": None, "norm_type": "rms"}),
     "Falcon-40B": (published.FALCON_40B, {"alibi": False, "auto_map": {"AutoConfig": "x.Y"}, "rope_scaling": None}),
     "DeepSeek-R1-Distill": (configs.QWEN_2_5_7B, {"use_mrope": False, "sliding_window": 4096, "max_window_layers": 28}),
+    "a Mistral as Llama": (configs.LLAMA_2_7B, {"sliding_window": 4096, "use_sliding_window": False}),
+    "no further layers": (configs.QWEN_3_06B, {"num_nextn_predict_layers": 0, "n_group": 0, "num_mtp_layers": 0}),
     "merged, unused": (
         configs.LLAMA_2_7B,
         {"use_gated_attention": False, "residual_scale": None, "gates": [], "x": ""},
@@ -166,6 +169,7 @@ def test_a_published_smolvlm() -> None:
         (configs.LLAMA_2_7B, "pre_norm", False),
         (configs.LLAMA_2_7B, "pruned_heads", {"0": [1]}),
         (configs.LLAMA_2_7B, "num_heads", 16),
+        (configs.LLAMA_2_7B, "sliding_window", 4096),
         (configs.GEMMA_2_27B, "sliding_window_size", 1024),
         (configs.QWEN_2_5_7B, "use_qk_norm", True),
         (configs.QWEN_2_5_7B, "mlp_bias", True),
@@ -190,6 +194,16 @@ def test_all_that_is_refused_is_named_at_once() -> None:
     ):
         find_family(asked).read_config(asked)
     assert find_family(asked).read_config(asked, names.split(",")) == configs.OURS_LLAMA_2_7B
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"residual_scale": 0.0}, {"residual_scale": 1}, {"gate": "sigmoid"}, {"layers": [0]}, {"num_mtp_layers": 1}],
+)
+def test_a_field_of_an_unknown_name_is_refused_at_any_other_value(fields: dict) -> None:
+    for base in (configs.LLAMA_2_7B, configs.GEMMA_3_4B, published.FALCON_7B, configs.QWEN_3_30B_A3B):
+        with pytest.raises(InputError, match=f"{next(iter(fields))} = .*: the toolkit does not know"):
+            find_family(base).read_config(base | fields)
 
 
 # what transformers makes of rotary fields as they are published
@@ -358,6 +372,17 @@ def test_a_quantization_that_the_weights_do_not_have(
     ids = fixed_ids(160)
     torch.testing.assert_close(exported(ids).logits, reference(ids).logits)
     assert not json.loads((tmp_path / "out" / "config.json").read_text()).keys() & QUANTIZED[method].keys()
+
+
+def test_what_was_accepted_and_left_over_goes_on_with_the_model(tmp_path: Path) -> None:
+    """A merged or fully fine-tuned checkpoint needs no flag again, and nothing quantizes its weights."""
+    make_reference(tmp_path / "hub", VARIANTS["llama multi-head"])
+    edit(tmp_path / "hub", residual_scale=0.5, **QUANTIZED["mlx"])
+    convert(tmp_path / "hub", accept_config_key="residual_scale")
+    save_model(tmp_path / "merged", load_model(tmp_path / "hub"), tmp_path / "hub", {})
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["residual_scale"] == 0.5 and not config.keys() & QUANTIZED["mlx"].keys()
+    export_hf(ExportHFArgs(checkpoint_dir=str(tmp_path / "merged"), out_dir=str(tmp_path / "out")))
 
 
 def test_a_quantization_beside_buffers_of_whole_numbers(tmp_path: Path) -> None:

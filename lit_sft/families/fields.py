@@ -138,7 +138,7 @@ class Fields:
     def check_unread(self, family: str, config: ModelConfig, outer: Collection[str]) -> None:
         """InputError, with all of them, for fields that were not read and may change the computation.
 
-        Null, false and what is empty mean that a field of an unknown name is not used.
+        Null, false, what is empty, and a number of things that is 0 mean that a field of an unknown name is not used.
 
         Args:
             family: its name.
@@ -153,11 +153,13 @@ class Fields:
         for name, value in self.content.items():
             if name in self.read:
                 continue
+            if name == "sliding_window" and self.content.get("use_sliding_window") is False:
+                continue
             if name in neutral:
                 values = value if isinstance(value, list) else [value]  # of each layer its own
                 if any(v not in neutral[name] for v in values):
                     changing[name] = value
-            elif name not in known and not is_unused(value):
+            elif name not in known and not is_unused(value) and not _is_none_of(name, value):
                 unknown[name] = value
         problems = [f"{_told(changing)} is not supported for the {family} family"] if changing else []
         if unknown:
@@ -217,6 +219,11 @@ def _without(content: dict, path: list[str]) -> dict:
 def is_unused(value: Any) -> bool:
     """A field of an unknown name with this value is one that nothing uses."""
     return value is None or value is False or value in ("", [], {})
+
+
+def _is_none_of(name: str, value: Any) -> bool:
+    """The field counts something, of which there is none."""
+    return name.startswith(("n_", "num_")) and value == 0
 
 
 def _told(fields: dict[str, Any]) -> str:
