@@ -145,17 +145,15 @@ class Fields:
             config: what was read, which a field may say once more.
             outer: names around a multimodal model's text model that are known to say nothing of it.
         """
-        said = said_by(config)
-        neutral = {name: NEUTRAL.get(name, (None,)) + said.get(name, ()) for name in NEUTRAL.keys() | said.keys()}
+        neutral = neutral_values(config)
         # sizes: those of the weights are compared with what was read
         known = self.read | BOOKKEEPING | {*COUNTS, *outer}
+        if self.content.get("use_sliding_window") is False:
+            known |= {"sliding_window"}
+            neutral.pop("sliding_window")
         changing, unknown = {}, {}
         for name, value in self.content.items():
-            if name in self.read:
-                continue
-            if name == "sliding_window" and self.content.get("use_sliding_window") is False:
-                continue
-            if name in neutral:
+            if name in neutral and name not in self.read:
                 values = value if isinstance(value, list) else [value]  # of each layer its own
                 if any(v not in neutral[name] for v in values):
                     changing[name] = value
@@ -171,41 +169,59 @@ class Fields:
             raise InputError(f"config.json: {'; '.join(problems)}; {hint}")
 
 
-def said_by(config: ModelConfig) -> dict[str, tuple]:
-    """Values with which fields that a family does not read say what is computed anyway."""
-    gated = "swiglu" if config.activation == "silu" else "geglu"
-    activations = {"silu": ("silu", "swish"), "gelu": ("gelu",), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new")}
-    norms = {kind: (kind, f"{kind}norm", f"{kind}_norm") for kind in ("rms", "layer")}
-    norms = {"rms": (*norms["rms"], "RMSNorm"), "layer": (*norms["layer"], "LayerNorm")}
-    shares = (config.normalize_experts,) if config.n_expert else (True, False)
-    all_biases = config.qkv_bias and config.projection_bias and config.mlp_bias
-    switches = {
-        "attention_qk_norm qk_layernorm qk_norm query_key_norm use_qk_layernorm use_qk_norm": config.qk_norm != "none",
+def neutral_values(config: ModelConfig) -> dict[str, tuple]:
+    """Values with which fields that a family does not read change nothing: NEUTRAL's, and what is computed anyway."""
+    activations = {
+        "silu": ("silu", "swish"),
+        "gelu": ("gelu",),
+        "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new"),
+    }[config.activation]
+    gated = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu"}[config.activation]
+    norms = {
+        "rms": ("rms", "rmsnorm", "rms_norm", "RMSNorm"),
+        "layer": ("layer", "layernorm", "layer_norm", "LayerNorm"),
+    }[config.norm]
+    said = {name: (is_on,) for names, is_on in _switches(config).items() for name in names.split()}
+    said |= {
+        "activation": (*activations, gated) if config.gated_mlp else activations,
+        "activation_function": activations,
+        "head_dim": (config.head_size,),
+        "hidden_act": activations,
+        "moe_intermediate_size": (config.intermediate_size,),
+        "norm_topk_prob": (config.normalize_experts,) if config.n_expert else (True, False),
+        "norm_type": norms,
+        "normalization_type": norms,
+        "num_heads": (config.n_head,),
+        "rotary_dim": (config.turned,),
+        "sliding_window": (config.sliding_window,),
+        "sliding_window_size": (config.sliding_window,),
+        "window_size": (config.sliding_window,),
+    }
+    return NEUTRAL | {name: NEUTRAL.get(name, (None,)) + values for name, values in said.items()}
+
+
+def _switches(config: ModelConfig) -> dict[str, bool]:
+    """Names under which files say whether a model has something → whether it has."""
+    biases = (config.qkv_bias, config.projection_bias, config.mlp_bias)
+    return {
+        "add_bias_linear bias enable_bias use_bias use_biases": all(biases),
         "add_qkv_bias attention_bias attn_qkv_bias qkv_bias use_qkv_bias": config.qkv_bias,
+        "alibi": config.alibi,
         "attention_out_bias o_bias proj_bias": config.projection_bias,
+        "attention_qk_norm qk_layernorm qk_norm query_key_norm use_qk_layernorm use_qk_norm": config.qk_norm != "none",
+        "gated_mlp glu swiglu use_gated_mlp use_glu use_swiglu": config.gated_mlp,
         "mlp_bias": config.mlp_bias,
-        "add_bias_linear bias enable_bias use_bias use_biases": all_biases,
+        "multi_query": config.n_query_groups == 1,
+        "no_bias": not any(biases),
         "norm_bias": config.norm_bias,
         "parallel_attn parallel_block parallel_residual use_parallel_residual": config.parallel_residual,
         "pre_norm": config.pre_norm,
-        "use_post_norm": config.post_norm,
         "rms_norm use_rms_norm use_rmsnorm": config.norm == "rms",
-        "gated_mlp glu swiglu use_gated_mlp use_glu use_swiglu": config.gated_mlp,
         "rotary use_rope use_rotary use_rotary_emb use_rotary_embeddings use_rotary_pos_emb": config.turned > 0,
-        "no_bias": not (config.qkv_bias or config.projection_bias or config.mlp_bias),
-        "alibi": config.alibi,
-        "use_sliding_window": any(config.sliding_layers),
-        "multi_query": config.n_query_groups == 1,
         "use_gqa": config.n_query_groups < config.n_head,
+        "use_post_norm": config.post_norm,
+        "use_sliding_window": any(config.sliding_layers),
     }
-    said = {name: (is_on,) for names, is_on in switches.items() for name in names.split()}
-    said |= dict.fromkeys(("activation", "activation_function", "hidden_act"), activations[config.activation])
-    if config.gated_mlp:
-        said["activation"] += (gated,)
-    said |= dict.fromkeys(("norm_type", "normalization_type"), norms[config.norm])
-    said |= dict.fromkeys(("sliding_window", "sliding_window_size", "window_size"), (config.sliding_window,))
-    said |= {"head_dim": (config.head_size,), "rotary_dim": (config.turned,), "num_heads": (config.n_head,)}
-    return said | {"moe_intermediate_size": (config.intermediate_size,), "norm_topk_prob": shares}
 
 
 def _without(content: dict, path: list[str]) -> dict:
