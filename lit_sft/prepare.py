@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -168,8 +168,9 @@ def _is_plain_text(args: PrepareArgs, sources: list[MixedSource], tokenizer: Tok
     try:
         stop_ids(_chosen_style(args, tokenizer), tokenizer)
     except InputError:
-        firsts = (next((item for item in s.stream if isinstance(item, Sample)), None) for s in sources)
-        return all(first is not None and is_text(first.messages) for first in firsts)
+        with suppress(InputError):  # of the template is said, which comes first
+            firsts = (next((item for item in s.stream if isinstance(item, Sample)), None) for s in sources)
+            return all(first is not None and is_text(first.messages) for first in firsts)
     return False
 
 

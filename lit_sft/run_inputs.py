@@ -67,9 +67,8 @@ def going_on(args: TrainArgs) -> dict | None:
 def recorded(out_dir: Path) -> dict:
     """The resolved arguments and the inputs that a run was started with; InputError when its files do not say."""
     try:
-        inputs = read_json(out_dir / RUN_INPUTS)
-        arguments = inputs.pop("arguments", None)  # earlier versions had them, resolved, in run.yaml
-        return (read_yaml(out_dir / RUN_ARGUMENTS) if arguments is None else arguments) | inputs
+        given, inputs = read_yaml(out_dir / RUN_ARGUMENTS), read_json(out_dir / RUN_INPUTS)
+        return given | inputs.pop("arguments", {}) | inputs  # earlier versions had them, resolved, in run.yaml
     except (OSError, ValueError, TypeError, InputError) as error:
         why = " ".join(str(error).split())
         raise InputError(f"{out_dir} does not say what its run was started with ({why}); name another") from None

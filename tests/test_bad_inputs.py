@@ -168,7 +168,7 @@ BAD: dict[str, list[tuple[str, str, list[str], Spoil, str]]] = {
         ("text", "convert_hf_checkpoint", [], edit("raw/config.json", vocab_size="many"), "vocab_size"),
         ("NaN", "convert_hf_checkpoint", [], edit("raw/config.json", rope_theta=float("nan")), "rope"),
         ("remote code", "convert_hf_checkpoint", [], edit("raw/config.json", hidden_act="os.system"), "hidden_act"),
-        ("quantized", "convert_hf_checkpoint", [], edit("raw/config.json", quantization_config={"b": 4}), "quantiz"),
+        ("nobody's field", "convert_hf_checkpoint", [], edit("raw/config.json", residual_scale=0.5), "residual_scale"),
         ("layers of Qwen2", "convert_hf_checkpoint", [], family("Qwen2", num_hidden_layers=10**12), "hidden_layers"),
         ("layers of Phi-3", "convert_hf_checkpoint", [], family("Phi3", num_hidden_layers=10**19, sliding_window=9),
          "num_hidden_layers"),

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import ROOT
 from test_loop import data, lora_args, read_metrics  # noqa: F401
 
@@ -21,6 +20,7 @@ from lit_sft.config import ModelConfig
 from lit_sft.errors import InputError
 from lit_sft.estimate import _measure, measure
 from lit_sft.live_bytes import LiveBytes
+from lit_sft.run_inputs import recorded
 from lit_sft.shards import Shards
 
 CONFIG = ModelConfig(
@@ -151,7 +151,7 @@ def test_auto_takes_the_longest_row_that_fits_and_keeps_it(
     out = tmp_path / "out"
     monkeypatch.setattr(fitting, "free_memory", lambda device: tight.room)
     lora.main(lora_args(data[1], out, micro_batch_tokens="auto", max_steps=1))
-    assert yaml.safe_load((out / "run.yaml").read_text())["micro_batch_tokens"] == 1024
+    assert recorded(out)["micro_batch_tokens"] == 1024
     (out / "DONE").unlink()
     monkeypatch.setattr(fitting, "free_memory", lambda device: 1 << 40)
     assert fitting.choose_settings(lora_args(data[1], out, micro_batch_tokens="auto"), plan).micro_batch_tokens == 1024
